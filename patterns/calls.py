@@ -1,0 +1,82 @@
+"""Operators that are attention by contract."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from ..rewriter.registry import pattern
+from ..rewriter.scalars import read_scalar
+from ..rewriter.sites import AttentionCall
+
+aten = torch.ops.aten
+
+
+def _argument(node: fx.Node, position: int, name: str, default: object) -> object:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+@pattern("call")
+def scaled_dot_product_attention(node: fx.Node) -> AttentionCall | None:
+    """sdpa(query[.. H S D], key[.. K T D], value[.. K T E])."""
+    if node.target is not aten.scaled_dot_product_attention.default:
+        return None
+    query, key, value = node.args[:3]
+    scale = _argument(node, 6, "scale", None)
+    return AttentionCall(
+        node,
+        "sdpa",
+        query,  # type: ignore[arg-type]
+        key,  # type: ignore[arg-type]
+        value,  # type: ignore[arg-type]
+        _scale(query, scale),
+        bool(_argument(node, 5, "is_causal", False)),
+        _argument(node, 3, "attn_mask", None),  # type: ignore[arg-type]
+        read_scalar(_argument(node, 4, "dropout_p", 0.0)) or 0.0,
+        bool(_argument(node, 7, "enable_gqa", False)),
+    )
+
+
+@pattern("call")
+def latent_attention(node: fx.Node) -> AttentionCall | None:
+    """latent::attention, which earlier rewrites have put there."""
+    if str(node.target) != "latent.attention.default":
+        return None
+    query, key, value, mask = node.args[:4]
+    return AttentionCall(
+        node,
+        "latent::attention",
+        query,  # type: ignore[arg-type]
+        key,  # type: ignore[arg-type]
+        value,  # type: ignore[arg-type]
+        read_scalar(node.args[4]),
+        bool(node.args[5]),
+        mask,  # type: ignore[arg-type]
+        grouped=True,
+    )
+
+
+@pattern("call")
+def flex_attention(node: fx.Node) -> AttentionCall | None:
+    """flex_attention(query, key, value, score_mod, block_mask, scale, ...), a higher-order operator."""
+    if getattr(node.target, "__name__", "") != "flex_attention":
+        return None
+    query, key, value = node.args[:3]
+    return AttentionCall(
+        node,
+        "flex_attention",
+        query,  # type: ignore[arg-type]
+        key,  # type: ignore[arg-type]
+        value,  # type: ignore[arg-type]
+        read_scalar(node.args[5]) if len(node.args) > 5 else None,
+        grouped=True,
+        opaque="its score and mask functions",
+    )
+
+
+def _scale(query: object, scale: object) -> float | None:
+    """The scale in use: the argument, or 1/sqrt(D) where D is known."""
+    if scale is not None:
+        return read_scalar(scale)
+    width = query.meta["val"].shape[-1]  # type: ignore[attr-defined]
+    return float(width) ** -0.5 if isinstance(width, int) else None

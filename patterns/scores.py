@@ -1,0 +1,200 @@
+"""What happens to scores between the product and the softmax, and to weights between the softmax and the values.
+
+Each function looks at one node and at the input that carries the scores (or weights), and names the step, or answers
+None. Both operand orders of a commutative operator come here, because the caller asks for each input in turn.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import fx
+
+from ..rewriter.layouts import is_cast, is_tensor
+from ..rewriter.registry import pattern
+from ..rewriter.scalars import read_scalar
+from ..rewriter.sites import (
+    Bias,
+    Cast,
+    Changed,
+    Dropout,
+    Fill,
+    Gate,
+    NanToZero,
+    Scale,
+    ScoreStep,
+    Sink,
+    Tanh,
+    WeightStep,
+)
+
+aten = torch.ops.aten
+
+_MUL = {aten.mul.Tensor, aten.mul.Scalar, aten.mul_.Tensor, aten.mul_.Scalar}
+_DIV = {aten.div.Tensor, aten.div.Scalar, aten.div_.Tensor, aten.div_.Scalar, aten.true_divide.Tensor}
+_ADD = {aten.add.Tensor, aten.add.Scalar, aten.add_.Tensor, aten.add_.Scalar}
+_SUB = {aten.sub.Tensor, aten.sub.Scalar, aten.sub_.Tensor, aten.sub_.Scalar, aten.rsub.Scalar}
+_FILL = {aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.masked_fill_.Scalar, aten.masked_fill_.Tensor}
+_DROPOUT = {aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default}
+_SPREAD = {aten.expand, aten.expand_as}
+
+
+def _other(node: fx.Node, carrier: fx.Node) -> object:
+    """The second operand of a binary operator, whichever side the carrier is on."""
+    return node.args[1] if node.args[0] is carrier else node.args[0]
+
+
+def _boolean(node: object) -> bool:
+    return isinstance(node, fx.Node) and is_tensor(node) and node.meta["val"].dtype == torch.bool
+
+
+@pattern("score_step")
+def cast(node: fx.Node, scores: fx.Node) -> ScoreStep | None:
+    """scores.to(dtype)."""
+    return Cast(node, node.meta["val"].dtype) if is_cast(node) and node.args[0] is scores else None
+
+
+@pattern("score_step")
+def scale(node: fx.Node, scores: fx.Node) -> ScoreStep | None:
+    """scores * c, scores / c, -scores."""
+    if node.target is aten.neg.default:
+        return Scale(node, factor=-1.0)
+    if node.target in _MUL:
+        other = _other(node, scores)
+        if other is scores:  # squared scores
+            return None
+        number = read_scalar(other)
+        return Scale(node, factor=number) if number is not None else Scale(node, by=other)  # type: ignore[arg-type]
+    if node.target in _DIV and node.args[0] is scores and not node.kwargs.get("rounding_mode"):
+        number = read_scalar(node.args[1])
+        if number is not None:
+            return Scale(node, factor=1.0 / number) if number else None
+        return Scale(node, by=node.args[1], divide=True)  # type: ignore[arg-type]
+    return None
+
+
+@pattern("score_step")
+def soft_cap(node: fx.Node, scores: fx.Node) -> ScoreStep | None:
+    """tanh(scores)."""
+    return Tanh(node) if node.target in (aten.tanh.default, aten.tanh_.default) else None
+
+
+@pattern("score_step")
+def bias(node: fx.Node, scores: fx.Node) -> ScoreStep | None:
+    """scores + bias, bias + scores, scores - shift."""
+    if node.target not in _ADD | _SUB:
+        return None
+    other = _other(node, scores)
+    if other is scores:
+        return None
+    alpha = read_scalar(node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1.0))
+    if alpha is None:
+        return None
+    carried_first = node.args[0] is scores
+    if node.target in _SUB and (not carried_first or node.target is aten.rsub.Scalar):
+        return None
+    if not carried_first and alpha != 1.0:
+        return None
+    factor = -alpha if node.target in _SUB else alpha
+    number = read_scalar(other)
+    return Bias(node, number if number is not None else other, factor)  # type: ignore[arg-type]
+
+
+@pattern("score_step")
+def fill(node: fx.Node, scores: fx.Node) -> ScoreStep | None:
+    """masked_fill(scores, hide, c), where(keep, scores, c), where(hide, c, scores)."""
+    if node.target in _FILL and node.args[0] is scores:
+        value = read_scalar(node.args[2])
+        return None if value is None else Fill(node, node.args[1], False, value)  # type: ignore[arg-type]
+    if node.target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar):
+        condition, yes, no = node.args[:3]
+        if not _boolean(condition):
+            return None
+        keep = yes is scores
+        value = read_fill(no if keep else yes)
+        return None if value is None else Fill(node, condition, keep, value)  # type: ignore[arg-type]
+    return None
+
+
+def read_fill(value: object) -> float | None:
+    """A number, or a tensor that holds one number everywhere."""
+    number = read_scalar(value)
+    if number is not None or not isinstance(value, fx.Node):
+        return number
+    if value.target in (aten.full_like.default, aten.full.default, aten.new_full.default):
+        return read_scalar(value.args[2] if value.target is aten.new_full.default else value.args[1])
+    if value.target in (aten.zeros_like.default, aten.zeros.default):
+        return 0.0
+    overload = getattr(value.target, "overloadpacket", None)
+    if overload in _SPREAD or is_cast(value):
+        return read_fill(value.args[0])
+    if value.target in _MUL:
+        factors = [read_fill(factor) for factor in value.args[:2]]
+        return math.prod(factors) if None not in factors else None  # type: ignore[arg-type]
+    if value.target is aten.ones_like.default:
+        return 1.0
+    return None
+
+
+@pattern("score_step")
+def sink(node: fx.Node, scores: fx.Node) -> ScoreStep | None:
+    """cat([scores, sink], dim): scores of things that have no value."""
+    if node.target is not aten.cat.default:
+        return None
+    parts = node.args[0]
+    others = [part for part in parts if part is not scores]  # type: ignore[union-attr]
+    if len(others) != 1 or len(parts) != 2:  # type: ignore[arg-type]
+        return None
+    return Sink(node, others[0])
+
+
+# ------------------------------------------------------------------ after the softmax
+
+
+@pattern("weight_step")
+def weight_cast(node: fx.Node, weights: fx.Node) -> WeightStep | None:
+    """weights.to(dtype)."""
+    return Cast(node, node.meta["val"].dtype) if is_cast(node) and node.args[0] is weights else None
+
+
+@pattern("weight_step")
+def dropout(node: fx.Node, weights: fx.Node) -> WeightStep | None:
+    """dropout(weights, p, training)."""
+    if node.target not in _DROPOUT:
+        return None
+    p, training = read_scalar(node.args[1]), node.args[2]
+    return Dropout(node, (p if p is not None else 1.0) if training else 0.0)
+
+
+@pattern("weight_step")
+def nan_to_zero(node: fx.Node, weights: fx.Node) -> WeightStep | None:
+    """nan_to_num(weights)."""
+    return NanToZero(node) if node.target in (aten.nan_to_num.default, aten.nan_to_num_.default) else None
+
+
+@pattern("weight_step")
+def gate(node: fx.Node, weights: fx.Node) -> WeightStep | None:
+    """weights * gate."""
+    if node.target in _MUL:
+        other = _other(node, weights)
+        if other is weights:
+            return None
+        if read_scalar(other) == 1.0:
+            return Dropout(node, 0.0)
+        return Gate(node, other) if is_tensor(other) else Changed(node, "the weights are scaled")  # type: ignore[arg-type]
+    return None
+
+
+@pattern("weight_step")
+def changed(node: fx.Node, weights: fx.Node) -> WeightStep | None:
+    """Elementwise changes that plain attention does not express; the site is still attention, of changed weights."""
+    if node.target in _FILL and node.args[0] is weights:
+        return Changed(node, "the weights are masked after the softmax")
+    if node.target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf):
+        return Changed(node, "the weights are masked after the softmax")
+    if node.target in _ADD | _SUB and node.args[0] is weights:
+        return Changed(node, "something is added to the weights")
+    if node.target in _DIV and node.args[0] is weights:
+        return Changed(node, "the weights are divided again after the softmax")
+    return None

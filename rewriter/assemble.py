@@ -1,0 +1,347 @@
+"""From a score product and a value product to a site: every axis gets its role, or the wrong one is named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import fx
+
+from .axes import AxisSpace, Dim, Layout, flat, same_size
+from .layouts import layout_step, shape_of
+from .sites import (
+    AttentionCall,
+    AttentionSite,
+    Bias,
+    Fill,
+    Operand,
+    Scale,
+    ScoreStep,
+    ScoreTerm,
+    SiteAxes,
+    SoftmaxSpelling,
+)
+from .walks import Path, Product, Refused, ValueProduct, operand_layout
+
+
+def peel(node: fx.Node, layout: Layout, space: AxisSpace) -> Operand:
+    """The tensor and what it was before each layout operation, up to the first node that is none."""
+    chain = [(node, layout)]
+    while (step := layout_step(node)) is not None:
+        before = step.undo(space.resolve_layout(layout), space)
+        if before is None:
+            break
+        node, layout = step.source, before
+        chain.append((node, layout))
+    return Operand(tuple((n, space.resolve_layout(dims)) for n, dims in chain))
+
+
+def softmax_site(
+    spelling: SoftmaxSpelling,
+    product: Product,
+    second: Mapping[fx.Node, Product],
+    candidates: Sequence[ValueProduct],
+    readers: Sequence[fx.Node],
+    space: AxisSpace,
+    order: Mapping[fx.Node, int],
+) -> AttentionSite:
+    """Put the two products together. Raises Refused with the axis that does not fit."""
+    keys = _key_axes(spelling, product, space)
+    term = _term(product, keys, space, spelling.anchor)
+    if not candidates:
+        raise Refused("the weights are never multiplied with values", spelling.weights, 1)
+    fitting = [c for c in candidates if _sums_over(c, keys, space)]
+    if not fitting:
+        raise Refused(_wrong_axis(candidates[0], keys, space), candidates[0].contraction.node, 2)
+    values = fitting[0]
+    others = [c.contraction.node for c in candidates if c is not values]
+    value, value_layout, output_layout = _value_operand(values, space)
+    query_only = space.axes(term[0][1]) - space.axes(term[1][1])
+    if shared := query_only & space.axes(value_layout):
+        raise Refused(f"the values differ from query to query (axis of size {next(iter(shared)).size})", value, 2)
+
+    output, output_layout, tail = _divide_later(spelling, values, output_layout, space)
+    terms = [ScoreTerm(peel(*term[0], space), peel(*term[1], space))]
+    steps = tuple(step for step in product.steps if step.node not in second)
+    for extra in second.values():
+        query, key = _term(extra, keys, space, spelling.anchor)
+        terms.append(ScoreTerm(peel(*query, space), peel(*key, space), _factor(extra.steps)))
+    operand = peel(value, space.resolve_layout(value_layout), space)
+    region = _region(spelling, product, second.values(), values, tail, order)
+    return AttentionSite(
+        anchor=spelling.anchor,
+        output=output,
+        output_layout=space.resolve_layout(output_layout),
+        spelling="softmax" if spelling.anchor is spelling.weights else "softmax by hand",
+        terms=tuple(terms),
+        value=operand,
+        steps=tuple(_resolved(step, space) for step in steps),
+        weight_steps=values.steps,
+        weights=spelling.weights,
+        weight_readers=tuple(n for n in (*readers, *others) if n not in region),
+        axes=_roles(space.resolve_layout(product.layout), keys, terms, operand, steps, space),
+        region=region,
+        space=space,
+    )
+
+
+def call_site(call: AttentionCall, space: AxisSpace) -> AttentionSite:
+    """The site of an operator that is attention by contract: query [.. S D], key [.. T D], value [.. T E]."""
+    q, k, v = (shape_of(node) for node in (call.query, call.key, call.value))
+    rank = max(len(q), len(k), len(v)) - 2
+    batch_q: list[Dim] = []
+    batch_k: list[Dim] = []
+    batch_v: list[Dim] = []
+    for i in range(-rank - 2, -2):
+        size_q, size_k, size_v = (shape[i] if -i <= len(shape) else 1 for shape in (q, k, v))
+        if call.grouped and i == -3 and not same_size(size_q, size_k):
+            head = space.fresh("h", size_k)
+            cut = space.factor(space.fresh("hg", size_q), (size_k, size_q / size_k if not isinstance(size_q, int) or not isinstance(size_k, int) else size_q // size_k))
+            dim = cut[0] + cut[1] if cut else head
+            head = cut[0] if cut else head
+            batch_q.append(dim)
+            batch_k.append(head)
+            batch_v.append(head)
+            continue
+        size = next((s for s in (size_q, size_k, size_v) if not same_size(s, 1)), 1)
+        dim = space.fresh("h" if i == -3 else f"b{rank + 2 + i}", size)
+        for sizes, dims in ((size_q, batch_q), (size_k, batch_k), (size_v, batch_v)):
+            dims.append(() if same_size(sizes, 1) else dim)
+    queries, keys = space.fresh("i", q[-2]), space.fresh("j", k[-2])
+    width, value_width = space.fresh("d", q[-1]), space.fresh("e", v[-1])
+
+    def own(batch: list[Dim], shape: Sequence[object], *tail: Dim) -> Layout:
+        return (*batch[len(batch) - (len(shape) - 2) :], *tail)
+
+    layout_q, layout_k = own(batch_q, q, queries, width), own(batch_k, k, keys, width)
+    layout_v = own(batch_v, v, keys, value_width)
+    batch = [a or b or c for a, b, c in zip(batch_q, batch_k, batch_v, strict=True)]
+    scores = (*batch, queries, keys)
+    steps: list[ScoreStep] = []
+    if call.mask is not None:
+        layout = operand_layout(call.mask, scores)
+        boolean = str(call.mask.meta["val"].dtype) == "torch.bool"
+        steps.append(
+            Fill(call.anchor, call.mask, True, float("-inf"), layout)
+            if boolean
+            else Bias(call.anchor, call.mask, 1.0, layout)
+        )
+    if call.scale is not None and call.scale != 1.0:
+        steps.insert(0, Scale(call.anchor, call.scale))
+    term = ScoreTerm(peel(call.query, layout_q, space), peel(call.key, layout_k, space))
+    value = peel(call.value, layout_v, space)
+    output = call.anchor
+    for user in call.anchor.users:
+        if call.name == "flex_attention" and user.args[1:] == (0,):
+            output = user
+    return AttentionSite(
+        anchor=call.anchor,
+        output=output,
+        output_layout=space.resolve_layout((*batch, queries, value_width)),
+        spelling=call.name,
+        terms=(term,),
+        value=value,
+        steps=tuple(_resolved(step, space) for step in steps),
+        weight_steps=(),
+        weights=None,
+        weight_readers=(),
+        axes=_roles(space.resolve_layout(scores), keys, [term], value, steps, space),
+        region=(call.anchor, output) if output is not call.anchor else (call.anchor,),
+        space=space,
+        call=call,
+    )
+
+
+# ------------------------------------------------------------------ axes
+
+
+def _key_axes(spelling: SoftmaxSpelling, product: Product, space: AxisSpace) -> Dim:
+    """The axes that the softmax normalises, without sinks."""
+    dim = space.resolve(product.layout[spelling.dim])
+    if len(dim) == 1 and dim[0] in space.sums:
+        own = space.axes(product.lhs, product.rhs)
+        parts = [space.resolve(part) for part in space.sums[dim[0]]]
+        dim = next((part for part in parts if part and set(part) <= own), ())
+    if not dim:
+        raise Refused("the softmax runs over a dimension of size 1", spelling.anchor)
+    return dim
+
+
+def _term(
+    product: Product, keys: Dim, space: AxisSpace, softmax: fx.Node
+) -> tuple[tuple[fx.Node, Layout], tuple[fx.Node, Layout]]:
+    """(query, key) of a product: the key is the operand whose own axes the softmax normalises."""
+    found = product.contraction
+    lhs = (found.lhs, space.resolve_layout(product.lhs))
+    rhs = (found.rhs, space.resolve_layout(product.rhs))
+    axes_lhs, axes_rhs = space.axes(lhs[1]), space.axes(rhs[1])
+    wanted = set(keys)
+    if wanted <= axes_rhs - axes_lhs:
+        return lhs, rhs
+    if wanted <= axes_lhs - axes_rhs:
+        return rhs, lhs
+    size = " x ".join(str(axis.size) for axis in keys)
+    if wanted & axes_lhs & axes_rhs:
+        raise Refused(f"the softmax runs over an axis (size {size}) that queries and keys share, like heads", softmax, 2)
+    raise Refused(f"the softmax runs over more than the keys (size {size})", softmax, 2)
+
+
+def _weight_labels(values: ValueProduct) -> tuple[str | None, ...]:
+    found = values.contraction
+    return found.lhs_labels if values.weights_are_lhs else found.rhs_labels
+
+
+def _summed_axes(values: ValueProduct, space: AxisSpace) -> frozenset:
+    labels = _weight_labels(values)
+    dims = [dim for label, dim in zip(labels, values.weights, strict=True) if label in values.contraction.summed]
+    return space.axes(tuple(dims))
+
+
+def _sums_over(values: ValueProduct, keys: Dim, space: AxisSpace) -> bool:
+    return _summed_axes(values, space) == space.axes((keys,))
+
+
+def _wrong_axis(values: ValueProduct, keys: Dim, space: AxisSpace) -> str:
+    keys = space.resolve(keys)
+    summed = _summed_axes(values, space)
+
+    def text(axes: Sequence[object]) -> str:
+        return " and ".join(f"{axis.name!r} (size {axis.size})" for axis in axes) or "none"  # type: ignore[attr-defined]
+
+    return (
+        f"the softmax normalises axis {text(keys)}, "
+        f"but the value product sums over {text(sorted(summed, key=lambda a: a.name))}"
+    )
+
+
+def _value_operand(values: ValueProduct, space: AxisSpace) -> tuple[fx.Node, Layout, Layout]:
+    """The values, their layout, and the layout of the product."""
+    found = values.contraction
+    value = found.rhs if values.weights_are_lhs else found.lhs
+    labels = found.rhs_labels if values.weights_are_lhs else found.lhs_labels
+    dims = {
+        label: dim for label, dim in zip(_weight_labels(values), values.weights, strict=True) if label is not None
+    }
+    for label, size in zip(labels, shape_of(value), strict=True):
+        if label is not None and label not in dims:
+            dims[label] = space.fresh("e" if label not in found.summed else label, size)
+    layout = tuple(dims[label] if label else () for label in labels)
+    out = tuple(dims[label] if label else () for label in found.out_labels)
+    return value, layout, out
+
+
+def _divide_later(
+    spelling: SoftmaxSpelling, values: ValueProduct, layout: Layout, space: AxisSpace
+) -> tuple[fx.Node, Layout, Path]:
+    """The division by the row sum when it comes after the value product, else the product itself."""
+    output, tail = values.contraction.node, ()
+    if spelling.divided_later is None:
+        return output, layout, tail
+    path: list[fx.Node] = []
+    while True:
+        users = list(output.users)
+        if len(users) != 1:
+            raise Refused("the value product is read before it is divided by the row sums", output, 2)
+        user = users[0]
+        step = layout_step(user)
+        if step is not None and step.source is output:
+            moved = step.apply(space.resolve_layout(layout), space)
+            if moved is None:
+                raise Refused("the value product is cut before it is divided by the row sums", user, 2)
+            layout = moved
+        elif len(user.args) > 1 and user.args[1] is spelling.divided_later and user.args[0] is output:
+            path.append(user)
+            return user, layout, tuple(path)
+        else:
+            raise Refused("the value product is not divided by the row sums", user, 2)
+        path.append(user)
+        output = user
+
+
+def _factor(steps: Sequence[ScoreStep]) -> float:
+    factor = 1.0
+    for step in steps:
+        if isinstance(step, Scale):
+            factor *= step.factor
+    return factor
+
+
+def _resolved(step: ScoreStep, space: AxisSpace) -> ScoreStep:
+    import dataclasses
+
+    layout = getattr(step, "layout", None)
+    return dataclasses.replace(step, layout=space.resolve_layout(layout)) if layout else step  # type: ignore[call-arg]
+
+
+def _roles(
+    scores: Layout,
+    keys: Dim,
+    terms: Sequence[ScoreTerm],
+    value: Operand,
+    steps: Sequence[ScoreStep],
+    space: AxisSpace,
+) -> SiteAxes:
+    """Batch, heads, groups and queries, in the order in which the scores have them."""
+    keys = space.resolve(keys)
+    key_layouts = [space.resolve_layout(term.key.layout) for term in terms]
+    query_layouts = [space.resolve_layout(term.query.layout) for term in terms]
+    value_layout = space.resolve_layout(value.layout)
+    indexed = space.axes(*key_layouts, value_layout)
+    in_query = space.axes(*query_layouts)
+    order = [axis for axis in flat(scores) if axis in indexed | in_query or axis not in space.sums]
+    order = [axis for axis in order if axis not in keys and axis not in space.sums]
+    rest = indexed - set(order) - set(keys)
+    width = set().union(*(space.axes(k) & space.axes(q) for k, q in zip(key_layouts, query_layouts, strict=True)))
+    value_width = tuple(a for a in flat(value_layout) if a in rest and a not in width)
+    roots = space.axes(
+        *(space.resolve_layout(term.key.chain[-1][1]) for term in terms), space.resolve_layout(value.chain[-1][1])
+    )
+    # The rows of one key head: query tokens, and heads that share keys. Masks tell the two apart where a spelling
+    # folds both into one dimension; an axis that keys or values merely repeat is a group as well.
+    single = [axis for axis in order if axis not in indexed]
+    masked = space.axes(
+        *(space.resolve_layout(s.layout) for s in steps if isinstance(s, Bias | Fill) and s.layout)
+    )
+    free = [axis for axis in single if _free_label(axis, scores, query_layouts)]
+    queries = [axis for axis in free if axis in masked] or free or single[-1:]
+    repeated = [axis for axis in order if axis in indexed and axis not in roots]
+    shared = [axis for axis in order if axis in indexed and axis not in repeated]
+    groups = [axis for axis in order if axis in repeated or (axis in single and axis not in queries)]
+    return SiteAxes(
+        batch=tuple(shared[:-1]),
+        heads=tuple(shared[-1:]),
+        groups=tuple(groups),
+        queries=tuple(queries),
+        keys=keys,
+        value_width=value_width,
+    )
+
+
+def _free_label(axis: object, scores: Layout, queries: Sequence[Layout]) -> bool:
+    """Whether the axis sits in the query's row dimension, not in a batch dimension that the keys broadcast over."""
+    last = [dim for dim in scores if axis in dim]
+    return bool(last) and scores.index(last[0]) >= len(scores) - 2 or any(
+        axis in layout[-2] for layout in queries if len(layout) >= 2
+    )
+
+
+def _region(
+    spelling: SoftmaxSpelling,
+    product: Product,
+    second: Sequence[Product] | object,
+    values: ValueProduct,
+    tail: Path,
+    order: Mapping[fx.Node, int],
+) -> tuple[fx.Node, ...]:
+    nodes = {*product.path, spelling.anchor, spelling.weights, *values.path, values.contraction.node, *tail}
+    for extra in second:  # type: ignore[attr-defined]
+        nodes.update(extra.path)
+    # softmax by hand: what lies between the scores and the weights
+    pending = [spelling.weights, *([spelling.divided_later] if spelling.divided_later else [])]
+    floor = order[spelling.scores]
+    while pending:
+        node = pending.pop()
+        if node in nodes and node is not spelling.weights and node is not spelling.anchor:
+            continue
+        nodes.add(node)
+        pending.extend(n for n in node.all_input_nodes if order[n] > floor and n not in nodes)
+    return tuple(sorted(nodes, key=order.__getitem__))

@@ -1,0 +1,114 @@
+"""Recognition: from every softmax outwards, by what the data flow computes. Read-only.
+
+    climb      from the softmax's input up to the product q·k, remembering the path
+    descend    from the product down that path with the layout in hand: which axis is which, which step is what
+    follow     from the weights down to the product with the values
+    assemble   give every axis its role, or say which axis is wrong
+
+A softmax over the wrong axis, or weights contracted over another axis than the softmax normalised, is refused by
+construction, with the axis named.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import fx
+
+from .assemble import call_site, softmax_site
+from .axes import AxisSpace
+from .contractions import contraction
+from .layouts import is_tensor, shape_of
+from .registry import patterns
+from .scalars import size_hint
+from .sites import AttentionSite, Miss, Recognition, Sink, SoftmaxSpelling
+from .walks import Path, Refused, climb, descend, follow, open_product, second_terms
+
+
+def recognise(graph: fx.Graph) -> Recognition:
+    """Every softmax and attention call of a graph, as a site or as a miss with its reason."""
+    sites: list[AttentionSite] = []
+    misses: list[Miss] = []
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    taken: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op != "call_function" or node in taken:
+            continue
+        found = recognise_at(node, order)
+        if isinstance(found, AttentionSite):
+            sites.append(found)
+            taken.update(found.region)
+        elif isinstance(found, Miss):
+            misses.append(found)
+    return Recognition(tuple(sites), tuple(misses))
+
+
+def recognise_at(node: fx.Node, order: dict[fx.Node, int]) -> AttentionSite | Miss | None:
+    """The site or miss anchored at one node; None when the node is no anchor."""
+    for read_call in patterns("call"):
+        if (call := read_call(node)) is not None:
+            return call_site(call, AxisSpace(size_hint))
+    for read_softmax in patterns("softmax"):
+        spelling = read_softmax(node)
+        if spelling is not None and is_tensor(spelling.scores):
+            return _recognise_softmax(spelling, order)
+    return None
+
+
+def _recognise_softmax(spelling: SoftmaxSpelling, order: dict[fx.Node, int]) -> AttentionSite | Miss:
+    if not shape_of(spelling.scores):
+        return Miss(spelling.anchor, "the softmax runs over a single number", spelling.anchor)
+    paths = climb(spelling.scores)
+    if not paths:
+        valued = _reaches_product(spelling)
+        reason = "the scores do not come from a product of queries and keys"
+        return Miss(spelling.anchor, reason, spelling.scores, 1 if valued else 0)
+    found: list[AttentionSite] = []
+    refusals: list[Refused] = []
+    for path in paths:
+        try:
+            found.append(_follow_candidate(spelling, path, order))
+        except Refused as refusal:
+            refusals.append(refusal)
+    if found:
+        return min(found, key=_unevenness)
+    best = max(refusals, key=lambda refusal: refusal.reached)
+    reached = 2 if best.reached >= 2 else 1 if best.reached else 0
+    return Miss(spelling.anchor, best.reason, best.node, reached)  # type: ignore[arg-type]
+
+
+def _unevenness(site: AttentionSite) -> int:
+    """Axes that only one of keys and values has: the true keys are those indexed like the values."""
+    keys = site.space.axes(*(term.key.layout for term in site.terms))
+    values = site.space.axes(site.value.layout)
+    return len(keys ^ values) - len(site.terms)
+
+
+def _reaches_product(spelling: SoftmaxSpelling) -> bool:
+    """Whether the weights of a softmax are contracted with something over the normalised dimension."""
+    space = AxisSpace(size_hint)
+    shape = shape_of(spelling.weights)
+    layout = space.fresh_layout([f"x{i}" for i in range(len(shape))], shape)
+    products, _ = follow(spelling.weights, layout, space)
+    for product in products:
+        labels = product.contraction.lhs_labels if product.weights_are_lhs else product.contraction.rhs_labels
+        summed = product.contraction.summed
+        dims = [dim for label, dim in zip(labels, product.weights, strict=True) if label in summed]
+        if any(space.same(dim, layout[spelling.dim]) for dim in dims):
+            return True
+    return False
+
+
+def _follow_candidate(spelling: SoftmaxSpelling, path: Path, order: dict[fx.Node, int]) -> AttentionSite:
+    """The site of one softmax and one score product. Raises Refused."""
+    space = AxisSpace(size_hint)
+    found = contraction(path[0])
+    assert found is not None
+    if not found.summed:
+        raise Refused("the score product sums over nothing", path[0])
+    product = descend(open_product(found, space), path, space)
+    if spelling.sink is not None:
+        product = replace(product, steps=(*product.steps, Sink(spelling.anchor, spelling.sink)))
+    extra = second_terms(product, space)
+    products, readers = follow(spelling.weights, product.layout, space)
+    return softmax_site(spelling, product, extra, products, readers, space, order)
