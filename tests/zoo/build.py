@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +66,15 @@ def first_tensor(output: Any) -> torch.Tensor:
     return next(item for item in output if isinstance(item, torch.Tensor))
 
 
+def _instantiate(config: Any, attn: str, dtype: torch.dtype) -> nn.Module:
+    """The causal language model of a configuration, or of the part of it that the model class asks for."""
+    model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    wanted = model_class.config_class
+    if wanted is not None and not isinstance(config, wanted):
+        config = next((part for part in vars(config).values() if isinstance(part, wanted)), config)
+    return model_class._from_config(config, attn_implementation=attn, dtype=dtype)
+
+
 def build(
     model_type: str,
     *,
@@ -81,7 +89,7 @@ def build(
             warnings.simplefilter("ignore")
             torch.manual_seed(seed)
             config = tiny_config(model_type)
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=attn, dtype=dtype).eval()
+            model = _instantiate(config, attn, dtype).eval()
             randomise(model, seed)
             built = Built(model, text_inputs(model, seed=seed, use_cache=use_cache))
             result = first_tensor(built.run())
@@ -90,8 +98,3 @@ def build(
     if not torch.isfinite(result).all():
         raise CannotBuild("the output is not finite")
     return built
-
-
-def accepts(model: nn.Module, name: str) -> bool:
-    """Whether the forward of `model` has a parameter of this name."""
-    return name in inspect.signature(model.forward).parameters

@@ -28,6 +28,10 @@ def text_inputs(model: nn.Module, *, seed: int = 0, use_cache: bool = False) -> 
         pad = getattr(config, "pad_token_id", None)
         if isinstance(pad, int) and pad >= 0:
             input_ids[0, :PADDED] = pad
+    if config.model_type.startswith("musicgen"):
+        # a row of tokens per codebook, the rows of one sample together
+        size = (BATCH * config.num_codebooks, TOKENS)
+        inputs["input_ids"] = torch.randint(FIRST_TOKEN, LAST_TOKEN, size, generator=generator)
     if "use_cache" in names:
         inputs["use_cache"] = use_cache
     return inputs

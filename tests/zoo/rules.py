@@ -24,6 +24,16 @@ Rule = int | Callable[[Any, Attributes], Any]
 _QUERY_HEADS = ("num_attention_heads", "num_heads", "n_heads", "swa_num_attention_heads", "n_head")
 
 
+# What an attribute becomes when the default leaves it out and the models need it.
+ABSENT = {
+    "head_dim": HEAD_WIDTH,
+    "num_key_value_heads": KEY_HEADS,
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+}
+
+
 def _key_heads(value: int, attributes: Attributes) -> int:
     """Grouped stays grouped, one head stays one head, and one key head per query head stays so."""
     queries = next((attributes[name] for name in _QUERY_HEADS if isinstance(attributes.get(name), int)), None)
@@ -33,10 +43,6 @@ def _key_heads(value: int, attributes: Attributes) -> int:
 def _head_width(value: int, attributes: Attributes) -> int:
     """Latent attention calls the rotated part of a head `head_dim`; it must agree with `qk_rope_head_dim`."""
     return 8 if "qk_nope_head_dim" in attributes else HEAD_WIDTH
-
-
-def _mamba_heads(value: int, attributes: Attributes) -> int:
-    return 4
 
 
 # The first pattern that matches a whole name decides. A number never grows: 8 experts become 4, 1 group stays 1.
@@ -49,7 +55,8 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"vocab_size|decoder_vocab_size|vocab_size_per_layer_input|unpadded_vocab_size", VOCABULARY),
     (r"ngram_vocab_size_base|encoder_hash_byte_group_vocab", 67),
     (r"make_ngram_vocab_size_divisible_by|split_ngram_parts", 4),
-    (r".*_vocab_size|codebook_size", 37),
+    (r"codebook_size", 32),
+    (r".*_vocab_size", 37),
     (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_(source|target)_positions|context_length", POSITIONS),
     (r"model_max_length|num_position_embeddings|rel_extent|mem_len", POSITIONS),
     # ** heads **
@@ -70,7 +77,8 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"index_topk", 5),
     (r"linear_key_head_dim|linear_head_dim", 8),
     (r"linear_value_head_dim", 10),
-    (r"head_dim|dim_head|d_head|d_kv|attention_head_size|swa_head_dim|kv_channels", _head_width),
+    (r"head_dim|dim_head|d_kv|attention_head_size|swa_head_dim|kv_channels", _head_width),
+    (r"d_head", HIDDEN // HEADS),
     (r"rotary_dim", 4),
     # ** widths **
     (r"(moe_)?(shared_)?experts?_intermediate_size|moe_shared_expert_intermediate_size", 20),
@@ -95,7 +103,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"sliding_window(_size)?|attention_chunk_size|attention_window_size|local_attention_window_len|keep_window_size", WINDOW),
     (r"local_attention", 2 * WINDOW),
     # ** state spaces, convolutions, codecs **
-    (r"mamba_n_heads|n_mamba_heads|mamba_num_heads", _mamba_heads),
+    (r"mamba_n_heads|n_mamba_heads|mamba_num_heads", HEADS),
     (r"mamba_d_head|mamba_headdim|mamba_head_dim", HEAD_WIDTH),
     (r"mamba_d_ssm", 2 * HIDDEN),
     (r"mamba_d_state|ssm_state_size|state_size", 6),

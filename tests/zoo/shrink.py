@@ -15,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .layers import choose_layers
 from .overrides import OVERRIDES
-from .rules import VOCABULARY, small
+from .rules import ABSENT, VOCABULARY, small
 
 TOKEN = re.compile(r".*_token_(id|index)|.*_index|eoa_token_id")
 NOT_TOKENS = {"altup_active_idx", "moe_layer_start_index", "moe_layer_end_index"}
@@ -50,30 +50,28 @@ def _rope(parameters: Mapping[str, Any], ratio: float) -> dict[str, Any]:
 
 
 def shrink(config: PretrainedConfig, override: Mapping[str, Any] | None = None, tokens: _Tokens | None = None) -> Any:
-    """A tiny configuration of the same class as `config`."""
+    """A tiny configuration of the same class as `config`; `override` has the last word, also inside parts."""
     tokens = tokens or _Tokens()
-    override = dict(override or {})
-    changes = shrunk_attributes(config, tokens)
-    for name, value in override.items():
-        if isinstance(value, Mapping) and isinstance(getattr(config, name, None), PretrainedConfig):
-            changes[name] = shrink(getattr(config, name), value, tokens)
-        elif value is UNSET:
-            changes.pop(name, None)
-        else:
-            changes[name] = value
+    changes = shrunk_attributes(config, dict(override or {}), tokens)
     return type(config)(**changes)
 
 
-def shrunk_attributes(config: PretrainedConfig, tokens: _Tokens) -> dict[str, Any]:
+def shrunk_attributes(config: PretrainedConfig, override: Mapping[str, Any], tokens: _Tokens) -> dict[str, Any]:
     """The attributes of `config` that a tiny one must be given."""
     attributes = config.to_dict()
     changes: dict[str, Any] = dict(choose_layers(attributes).changes)
     for name, value in attributes.items():
-        part = getattr(config, name, None)
+        part = vars(config).get(name)
         if name in DERIVED:
             continue
         if isinstance(part, PretrainedConfig):
-            changes[name] = shrink(part, None, tokens)
+            changes[name] = shrink(part, override.get(name), tokens)
+        elif name in override:
+            changes[name] = override[name]
+        elif value is None and name in ABSENT:
+            changes[name] = ABSENT[name]
+        elif name == "is_decoder":
+            changes[name] = True
         elif TOKEN.fullmatch(name) and name not in NOT_TOKENS:
             if isinstance(value, list):
                 changes[name] = [tokens.small(item) for item in value]
@@ -90,7 +88,7 @@ def shrunk_attributes(config: PretrainedConfig, tokens: _Tokens) -> dict[str, An
             new = [small(name, item, attributes) for item in items] if items else small(name, value, attributes)
             if new != attributes[name]:
                 changes[name] = new
-    return changes
+    return changes | {name: value for name, value in override.items() if name not in attributes}
 
 
 def _own(own: Mapping[str, Any], attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,16 +102,7 @@ def _own(own: Mapping[str, Any], attributes: Mapping[str, Any]) -> dict[str, Any
     return out
 
 
-class _Unset:
-    """The override that leaves an attribute to the configuration itself."""
-
-
-UNSET = _Unset()
-
-
 def tiny_config(model_type: str) -> Any:
     """The tiny configuration of one model type."""
     override = OVERRIDES.get(model_type)
-    config_class = CONFIG_MAPPING[model_type]
-    start = config_class(**override.start) if override else config_class()
-    return shrink(start, override.changes if override else None)
+    return shrink(CONFIG_MAPPING[model_type](), override.changes if override else None)
