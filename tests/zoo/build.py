@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +76,28 @@ def _instantiate(config: Any, attn: str, dtype: torch.dtype) -> nn.Module:
     return model_class._from_config(config, attn_implementation=attn, dtype=dtype)
 
 
+def finish(
+    make: Callable[[], nn.Module],
+    make_inputs: Callable[[nn.Module], dict[str, Any]],
+    *,
+    seed: int = 0,
+) -> Built:
+    """Make a model, randomise it and run it once; raises `CannotBuild` with the reason of whatever fails."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(seed)
+            model = make().eval()
+            randomise(model, seed)
+            built = Built(model, make_inputs(model))
+            result = first_tensor(built.run())
+    except Exception as error:
+        raise CannotBuild(f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]) from error
+    if not torch.isfinite(result).all():
+        raise CannotBuild("the output is not finite")
+    return built
+
+
 def build(
     model_type: str,
     *,
@@ -84,17 +107,11 @@ def build(
     use_cache: bool = False,
 ) -> Built:
     """A tiny causal language model of this type which has run once; raises `CannotBuild` with the reason if not."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.manual_seed(seed)
-            config = tiny_config(model_type)
-            model = _instantiate(config, attn, dtype).eval()
-            randomise(model, seed)
-            built = Built(model, text_inputs(model, seed=seed, use_cache=use_cache))
-            result = first_tensor(built.run())
-    except Exception as error:
-        raise CannotBuild(f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]) from error
-    if not torch.isfinite(result).all():
-        raise CannotBuild("the output is not finite")
-    return built
+
+    def make() -> nn.Module:
+        config = tiny_config(model_type)
+        if hasattr(config, "is_decoder"):
+            config.is_decoder = True
+        return _instantiate(config, attn, dtype)
+
+    return finish(make, lambda model: text_inputs(model, seed=seed, use_cache=use_cache), seed=seed)

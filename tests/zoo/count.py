@@ -1,13 +1,14 @@
 """How many attentions a forward executes, seen from the tensor operations alone.
 
-A softmax is an attention when its result, after operations that keep it a table of weights (dropout, casts, layout,
-slices, masks), is multiplied as a matrix with something else that is not itself made from the weights. A router's
-softmax is not: its weights are selected with topk, or scale their operand element by element.
+A softmax is an attention when its scores come from a product of two computed matrices, and its result, after
+operations that keep it a table of weights (dropout, casts, layout, slices, masks), is a factor of another product.
+A router's softmax is neither: its scores come from a product with a parameter, its weights are selected with topk or
+scale their operand element by element.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,7 @@ CARRIERS = {
     *("view", "_unsafe_view", "reshape", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze", "as_strided"),
     *("slice", "select", "split", "split_with_sizes", "unbind", "cat", "stack", "constant_pad_nd", "narrow", "chunk"),
     *("mul", "div", "sub", "add", "neg", "where", "masked_fill", "nan_to_num", "copy", "lift_fresh", "repeat"),
+    *("tanh", "clamp", "pow", "exp2", "abs", "sigmoid", "masked_scatter", "scatter", "gather", "index_select", "maximum", "minimum"),
     *("mul_", "div_", "sub_", "add_", "masked_fill_", "copy_", "unfold", "index", "slice_scatter"),
 }
 ELEMENTWISE = {"mul", "div", "sub", "add", "where", "masked_fill", "mul_", "div_", "sub_", "add_", "copy_"}
@@ -45,10 +47,18 @@ class Softmax:
 
     module: str
     shape: tuple[int, ...]
+    scored: bool = False
+    """The scores are a product of two matrices that are not parameters."""
     contracted: bool = False
+    """The weights are a factor of a product."""
     fused: bool = False
+    """One closed operation did all of it."""
     spread: float = 0.0
-    """The mean of the largest weight of a row, relative to a uniform row; 1 says nothing was learned from scores."""
+    """The largest weight of a row, relative to a uniform row, in the mean: 1 says all rows are uniform."""
+
+    @property
+    def attends(self) -> bool:
+        return self.scored and self.contracted
 
 
 @dataclass(frozen=True)
@@ -59,18 +69,30 @@ class Counts:
     others: tuple[Softmax, ...]
 
 
-class _Watch(TorchDispatchMode):
-    """Follows every softmax to the product that consumes it."""
+@dataclass(frozen=True)
+class _Facts:
+    """What is known about one tensor."""
 
-    def __init__(self, where: Callable[[], str]) -> None:
+    sites: frozenset[int] = frozenset()
+    """The softmaxes whose weights it holds."""
+    scores: bool = False
+    parameter: bool = False
+    log_sum: bool = False
+    log_weights: bool = False
+
+
+class _Watch(TorchDispatchMode):
+    """Follows every softmax from the product that scores to the product that consumes."""
+
+    def __init__(self, parameters: Iterable[torch.Tensor], where: Callable[[], str]) -> None:
         super().__init__()
         self.where = where
         self.sites: list[Softmax] = []
+        self.facts: dict[int, _Facts] = {}
         # Tensors are kept alive while watching, so that an identity is never used twice.
-        self.weights: dict[int, frozenset[int]] = {}
-        self.log_sums: dict[int, torch.Tensor] = {}
-        self.log_weights: dict[int, torch.Tensor] = {}
         self.alive: list[torch.Tensor] = []
+        for parameter in parameters:
+            self._learn(parameter, _Facts(parameter=True))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -79,58 +101,57 @@ class _Watch(TorchDispatchMode):
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         result = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        self._see(func._schema.name.split("::")[-1], inputs, outputs)
+        if inputs and outputs:
+            self._see(func._schema.name.split("::")[-1], inputs, outputs)
         return result
 
-    def _see(self, name: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
-        if not outputs:
-            return
-        if name in FUSED:
-            self._open(outputs[0], inputs[0].shape, fused=True)
-        elif name in SOFTMAXES or (name == "exp" and id(inputs[0]) in self.log_weights):
-            self._open(outputs[0], outputs[0].shape)
-        elif name in PRODUCTS:
-            self._product(inputs)
-        elif name in CARRIERS:
-            self._carry(name, inputs, outputs)
-        if name in ("logsumexp", "_log_softmax"):
-            self._keep(self.log_sums if name == "logsumexp" else self.log_weights, outputs[0])
-        elif name in ("sub", "view", "unsqueeze") and any(id(tensor) in self.log_sums for tensor in inputs):
-            self._keep(self.log_weights if name == "sub" else self.log_sums, outputs[0])
-
-    def _keep(self, table: dict[int, torch.Tensor], tensor: torch.Tensor) -> None:
-        table[id(tensor)] = tensor
-
-    def _open(self, tensor: torch.Tensor, shape: torch.Size, *, fused: bool = False) -> None:
-        site = Softmax(self.where(), tuple(shape), contracted=fused, fused=fused)
-        if not fused and tensor.numel():
-            site.spread = float(tensor.float().amax(-1).mean() * tensor.shape[-1])
-        self.sites.append(site)
-        if not fused:
-            self._mark(tensor, frozenset({len(self.sites) - 1}))
-
-    def _mark(self, tensor: torch.Tensor, sites: frozenset[int]) -> None:
-        self.weights[id(tensor)] = sites
+    def _learn(self, tensor: torch.Tensor, facts: _Facts) -> None:
+        self.facts[id(tensor)] = facts
         self.alive.append(tensor)
 
-    def _sites(self, tensor: torch.Tensor) -> frozenset[int]:
-        return self.weights.get(id(tensor), frozenset())
+    def _about(self, tensor: torch.Tensor) -> _Facts:
+        return self.facts.get(id(tensor), _Facts())
 
-    def _product(self, inputs: list[torch.Tensor]) -> None:
-        factors = inputs[-2:]
-        for tensor in factors:
-            for site in self._sites(tensor):
+    def _see(self, name: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
+        facts = [self._about(tensor) for tensor in inputs]
+        if name in FUSED:
+            self.sites.append(Softmax(self.where(), tuple(inputs[0].shape), scored=True, contracted=True, fused=True))
+        elif name in SOFTMAXES or (name == "exp" and facts[0].log_weights):
+            self._open(outputs[0], facts[0].scores)
+        elif name in PRODUCTS:
+            for site in frozenset().union(*(fact.sites for fact in facts[-2:])):
                 self.sites[site].contracted = True
+            self._learn(outputs[0], _Facts(scores=not any(fact.parameter for fact in facts[-2:])))
+        elif name in ("logsumexp", "_log_softmax"):
+            log_weights = name == "_log_softmax"
+            self._learn(outputs[0], _Facts(scores=facts[0].scores, log_sum=not log_weights, log_weights=log_weights))
+        elif name in CARRIERS:
+            self._carry(name, inputs, facts, outputs)
 
-    def _carry(self, name: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
-        carried = frozenset[int]().union(*(self._sites(tensor) for tensor in inputs))
-        if not carried:
-            return
-        largest = max(tensor.numel() for tensor in inputs if self._sites(tensor))
-        if name in ELEMENTWISE and outputs[0].numel() != largest:
-            return  # weights spread over a wider operand: a gate, not a table of weights any more
+    def _open(self, tensor: torch.Tensor, scored: bool) -> None:
+        site = Softmax(self.where(), tuple(tensor.shape), scored=scored)
+        if tensor.numel():
+            site.spread = float(tensor.float().amax(-1).mean() * tensor.shape[-1])
+        self.sites.append(site)
+        self._learn(tensor, _Facts(sites=frozenset({len(self.sites) - 1})))
+
+    def _carry(
+        self, name: str, inputs: list[torch.Tensor], facts: list[_Facts], outputs: list[torch.Tensor]
+    ) -> None:
+        sites = frozenset[int]().union(*(fact.sites for fact in facts))
+        widest = max((tensor.numel() for tensor, fact in zip(inputs, facts, strict=True) if fact.sites), default=0)
+        if name in ELEMENTWISE and outputs[0].numel() != widest:
+            sites = frozenset()  # weights spread over a wider operand: a gate, not a table of weights any more
+        log_sum = any(fact.log_sum for fact in facts)
+        carried = _Facts(
+            sites=sites,
+            scores=any(fact.scores for fact in facts),
+            parameter=all(fact.parameter for fact in facts),
+            log_sum=log_sum and name not in ELEMENTWISE,
+            log_weights=any(fact.log_weights for fact in facts) or (log_sum and name == "sub"),
+        )
         for tensor in outputs:
-            self._mark(tensor, carried)
+            self._learn(tensor, carried)
 
 
 def count(model: nn.Module, inputs: Mapping[str, Any]) -> Counts:
@@ -140,15 +161,15 @@ def count(model: nn.Module, inputs: Mapping[str, Any]) -> Counts:
     for path, module in model.named_modules():
         hooks.append(module.register_forward_pre_hook(lambda *_, path=path: stack.append(path)))
         hooks.append(module.register_forward_hook(lambda *_: stack.pop() and None, always_call=True))
-    watch = _Watch(lambda: stack[-1] if stack else "")
+    watch = _Watch(model.parameters(), lambda: stack[-1] if stack else "")
     try:
         with torch.no_grad(), watch:
             model(**inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    attentions = tuple(site for site in watch.sites if site.contracted)
-    return Counts(attentions, tuple(site for site in watch.sites if not site.contracted))
+    attentions = tuple(site for site in watch.sites if site.attends)
+    return Counts(attentions, tuple(site for site in watch.sites if not site.attends))
 
 
 def attention_calls(model: nn.Module, inputs: Mapping[str, Any]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 import torch
@@ -11,7 +12,11 @@ from torch import nn
 BATCH = 2
 TOKENS = 12
 PADDED = 3
+ENCODED = 7
 FIRST_TOKEN, LAST_TOKEN = 12, 30
+
+
+CROSS_ATTENTION = re.compile(r"encoder_attn|crossattention|cross_attn")
 
 
 def text_inputs(model: nn.Module, *, seed: int = 0, use_cache: bool = False) -> dict[str, Any]:
@@ -32,6 +37,21 @@ def text_inputs(model: nn.Module, *, seed: int = 0, use_cache: bool = False) -> 
         # a row of tokens per codebook, the rows of one sample together
         size = (BATCH * config.num_codebooks, TOKENS)
         inputs["input_ids"] = torch.randint(FIRST_TOKEN, LAST_TOKEN, size, generator=generator)
+    inputs |= _encoder_inputs(model, config, set(names), generator)
     if "use_cache" in names:
         inputs["use_cache"] = use_cache
+    return inputs
+
+
+def _encoder_inputs(model: nn.Module, config: Any, names: set[str], generator: torch.Generator) -> dict[str, Any]:
+    """What a model attends to besides its tokens, where it has attention for that."""
+    named = [name for name in ("cross_attention_states", "encoder_hidden_states", "encoder_outputs") if name in names]
+    if not named or not any(CROSS_ATTENTION.search(path) for path, _ in model.named_modules()):
+        return {}
+    width = getattr(config, "cross_attention_hidden_size", None) or config.hidden_size
+    states = torch.randn(BATCH, ENCODED, width, generator=generator).to(model.dtype)
+    inputs: dict[str, Any] = {named[0]: (states,) if named[0] == "encoder_outputs" else states}
+    if "encoder_attention_mask" in names:
+        inputs["encoder_attention_mask"] = torch.ones(BATCH, ENCODED, dtype=torch.long)
+        inputs["encoder_attention_mask"][1, -2:] = 0
     return inputs

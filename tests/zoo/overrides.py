@@ -19,6 +19,7 @@ class Override:
 
 
 OVERRIDES: dict[str, Override] = {
+    "bamba": Override("the default has no attention layer", {"attn_layer_indices": [1]}),
     "blt": Override(
         "the rotary width of every part is hidden / heads",
         {name: _NARROW for name in ("patcher_config", "encoder_config", "decoder_config", "global_config")},
@@ -52,6 +53,14 @@ OVERRIDES: dict[str, Override] = {
     ),
     "granitemoehybrid": Override("the default has no attention layer", {"layer_types": ["mamba", "attention"]}),
     "helium": Override("the output projection is hidden x hidden", _NARROW),
+    "jamba": Override(
+        "attention and experts come at a period; both kinds of both must fit into two layers",
+        {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 0},
+    ),
+    "laguna": Override(
+        "the default has one kind of layer, the model two with different numbers of heads",
+        {"layer_types": ["full_attention", "sliding_attention"], "num_attention_heads_per_layer": [4, 6]},
+    ),
     "lfm2_moe": Override("the default has no layer kinds", {"layer_types": ["conv", "full_attention"]}),
     "qwen4_exp_text": Override(
         "the default has no indexer sizes",
@@ -63,6 +72,7 @@ OVERRIDES: dict[str, Override] = {
             "indexer_compress_ratio": 2,
         },
     ),
+    "recurrent_gemma": Override("kinds of layers come at a period of three", {"block_types": ["recurrent", "attention"]}),
     "reformer": Override(
         "position axes and chunks must fit a short sequence, and hashing must repeat itself",
         {

@@ -29,7 +29,7 @@ ABSENT = {
     "head_dim": HEAD_WIDTH,
     "num_key_value_heads": KEY_HEADS,
     "num_experts_per_tok": 2,
-    "n_routed_experts": 4,
+    "n_routed_experts": 6,
     "n_shared_experts": 1,
 }
 
@@ -45,12 +45,10 @@ def _head_width(value: int, attributes: Attributes) -> int:
     return 8 if "qk_nope_head_dim" in attributes else HEAD_WIDTH
 
 
-# The first pattern that matches a whole name decides. A number never grows: 8 experts become 4, 1 group stays 1.
+# The first pattern that matches a whole name decides. A number never grows: 8 experts become 6, 1 group stays 1.
 RULES: tuple[tuple[str, Rule], ...] = (
     # ** left alone: derived from others, or not a size **
-    (r"qk_head_dim|linear_head_dim_total|seed|hash_seed|.*_theta|theta|alibi_bias_max|query_pre_attn_scalar", lambda v, a: v),
-    (r"original_max_position_embeddings|floor_scale|log_scaling_n_floor|.*_softcapping|sampling_rate", lambda v, a: v),
-    (r".*_token_id|.*_token_index|.*_index|.*_std|.*clip.*|.*_limit|lang_id|num_labels|.*_multiplier", lambda v, a: v),
+    (r"qk_head_dim|seed|alibi_bias_max|query_pre_attn_scalar|original_max_position_embeddings", lambda value, _: value),
     # ** vocabulary and positions **
     (r"vocab_size|decoder_vocab_size|vocab_size_per_layer_input|unpadded_vocab_size", VOCABULARY),
     (r"ngram_vocab_size_base|encoder_hash_byte_group_vocab", 67),
@@ -61,7 +59,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"model_max_length|num_position_embeddings|rel_extent|mem_len", POSITIONS),
     # ** heads **
     (r"num_key_value_heads|num_kv_heads|kv_n_heads|swa_num_key_value_heads|num_query_groups", _key_heads),
-    (r"(conf_)?num_attention_heads|num_heads|n_heads?|attention_heads|swa_num_attention_heads", HEADS),
+    (r"(conf_)?num_attention_heads(_per_layer)?|num_heads|n_heads?|attention_heads|swa_num_attention_heads", HEADS),
     (r"(encoder|decoder)_attention_heads|num_(encoder|decoder)_attention_heads", HEADS),
     (r"linear_num_key_heads", 2),
     (r"linear_num_value_heads|linear_num_heads", 4),
@@ -94,14 +92,17 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"projector_(input|output)_dim|vision_output_dim|adapter_(in|out)_dim|adapter_out_dim|adapter_input_size", HIDDEN),
     (r"classifier_proj_size|prompt_mid_dim|downsample_hidden_size|conv_output_size", 30),
     # ** experts **
-    (r"n_routed_experts|num_experts|num_local_experts|moe_num_experts", 4),
+    (r"n_routed_experts|num_experts|num_local_experts|moe_num_experts", 6),
     (r"zero_expert_num", 2),
     (r"n_group|num_expert_group", 2),
     (r"topk_group", 1),
     (r"num_experts_per_tok(en)?|moe_topk|moe_top_k|moe_k|top_k_experts", 2),
     # ** windows and blocks **
-    (r"sliding_window(_size)?|attention_chunk_size|attention_window_size|local_attention_window_len|keep_window_size", WINDOW),
+    (r"sliding_window(_size)?|attention_chunk_size|attention_window_size|local_attention_window_len", WINDOW),
+    (r"keep_window_size", WINDOW),
+    (r"window_size|block_size", WINDOW),
     (r"local_attention", 2 * WINDOW),
+    (r"block_multiple_of|position_bias_num_buckets", 8),
     # ** state spaces, convolutions, codecs **
     (r"mamba_n_heads|n_mamba_heads|mamba_num_heads", HEADS),
     (r"mamba_d_head|mamba_headdim|mamba_head_dim", HEAD_WIDTH),

@@ -70,8 +70,6 @@ def shrunk_attributes(config: PretrainedConfig, override: Mapping[str, Any], tok
             changes[name] = override[name]
         elif value is None and name in ABSENT:
             changes[name] = ABSENT[name]
-        elif name == "is_decoder":
-            changes[name] = True
         elif TOKEN.fullmatch(name) and name not in NOT_TOKENS:
             if isinstance(value, list):
                 changes[name] = [tokens.small(item) for item in value]
@@ -102,7 +100,7 @@ def _own(own: Mapping[str, Any], attributes: Mapping[str, Any]) -> dict[str, Any
     return out
 
 
-def tiny_config(model_type: str) -> Any:
-    """The tiny configuration of one model type."""
-    override = OVERRIDES.get(model_type)
-    return shrink(CONFIG_MAPPING[model_type](), override.changes if override else None)
+def tiny_config(model_type: str, **more: Any) -> Any:
+    """The tiny configuration of one model type; `more` is added to the overrides of that type."""
+    row = OVERRIDES.get(model_type)
+    return shrink(CONFIG_MAPPING[model_type](), {**(row.changes if row else {}), **more})
