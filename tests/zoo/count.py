@@ -17,28 +17,59 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-SOFTMAXES = {"_softmax", "_safe_softmax", "_masked_softmax"}
-FUSED = {
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_fused_attention_overrideable",
-    "_scaled_dot_product_attention_math",
-    "_native_multi_head_attention",
-    "_transformer_encoder_layer_fwd",
-}
-PRODUCTS = {"bmm", "mm", "baddbmm", "addmm", "matmul", "mv", "dot"}
-# What leaves a table of weights a table of weights, over the same keys.
-CARRIERS = {
-    *("_to_copy", "to", "clone", "alias", "detach", "contiguous", "native_dropout", "dropout", "bernoulli"),
-    *("view", "_unsafe_view", "reshape", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze", "as_strided"),
-    *("slice", "select", "split", "split_with_sizes", "unbind", "cat", "stack", "constant_pad_nd", "narrow", "chunk"),
-    *("mul", "div", "sub", "add", "neg", "where", "masked_fill", "nan_to_num", "copy", "lift_fresh", "repeat"),
-    *("tanh", "clamp", "pow", "exp2", "abs", "sigmoid", "masked_scatter", "scatter", "gather", "index_select", "maximum", "minimum"),
-    *("mul_", "div_", "sub_", "add_", "masked_fill_", "copy_", "unfold", "index", "slice_scatter"),
-}
-ELEMENTWISE = {"mul", "div", "sub", "add", "where", "masked_fill", "mul_", "div_", "sub_", "add_", "copy_"}
+SOFTMAXES = frozenset(("_softmax", "_safe_softmax", "_masked_softmax"))
+FUSED = frozenset(
+    (
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_fused_attention_overrideable",
+        "_scaled_dot_product_attention_math",
+        "_native_multi_head_attention",
+        "_transformer_encoder_layer_fwd",
+    )
+)
+PRODUCTS = frozenset(("bmm", "mm", "baddbmm", "addmm", "matmul", "mv", "dot"))
+# What leaves a table a table over the same keys: casts and dropout, layout, parts and joins, functions of one entry.
+CARRIERS = frozenset(
+    (
+        *(
+            "_to_copy",
+            "to",
+            "clone",
+            "alias",
+            "detach",
+            "contiguous",
+            "copy",
+            "lift_fresh",
+            "native_dropout",
+            "dropout",
+        ),
+        *("view", "_unsafe_view", "reshape", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze"),
+        *(
+            "as_strided",
+            "repeat",
+            "unfold",
+            "slice",
+            "select",
+            "split",
+            "split_with_sizes",
+            "unbind",
+            "narrow",
+            "chunk",
+        ),
+        *("cat", "stack", "constant_pad_nd", "slice_scatter", "index", "index_select", "gather", "scatter"),
+        *("neg", "abs", "pow", "sqrt", "tanh", "sigmoid", "clamp", "nan_to_num"),
+    )
+)
+# The same, of two operands: only while the other operand does not make the table wider.
+ELEMENTWISE = frozenset(
+    (
+        *("mul", "div", "sub", "add", "maximum", "minimum", "where", "masked_fill"),
+        *("mul_", "div_", "sub_", "add_", "masked_fill_", "copy_"),
+    )
+)
 
 
 @dataclass
@@ -115,7 +146,8 @@ class _Watch(TorchDispatchMode):
     def _see(self, name: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
         facts = [self._about(tensor) for tensor in inputs]
         if name in FUSED:
-            self.sites.append(Softmax(self.where(), tuple(inputs[0].shape), scored=True, contracted=True, fused=True))
+            shape = () if inputs[0].is_nested else tuple(inputs[0].shape)
+            self.sites.append(Softmax(self.where(), shape, scored=True, contracted=True, fused=True))
         elif name in SOFTMAXES or (name == "exp" and facts[0].log_weights):
             self._open(outputs[0], facts[0].scores)
         elif name in PRODUCTS:
@@ -125,7 +157,7 @@ class _Watch(TorchDispatchMode):
         elif name in ("logsumexp", "_log_softmax"):
             log_weights = name == "_log_softmax"
             self._learn(outputs[0], _Facts(scores=facts[0].scores, log_sum=not log_weights, log_weights=log_weights))
-        elif name in CARRIERS:
+        elif name in CARRIERS | ELEMENTWISE:
             self._carry(name, inputs, facts, outputs)
 
     def _open(self, tensor: torch.Tensor, scored: bool) -> None:
@@ -135,9 +167,7 @@ class _Watch(TorchDispatchMode):
         self.sites.append(site)
         self._learn(tensor, _Facts(sites=frozenset({len(self.sites) - 1})))
 
-    def _carry(
-        self, name: str, inputs: list[torch.Tensor], facts: list[_Facts], outputs: list[torch.Tensor]
-    ) -> None:
+    def _carry(self, name: str, inputs: list[torch.Tensor], facts: list[_Facts], outputs: list[torch.Tensor]) -> None:
         sites = frozenset[int]().union(*(fact.sites for fact in facts))
         widest = max((tensor.numel() for tensor, fact in zip(inputs, facts, strict=True) if fact.sites), default=0)
         if name in ELEMENTWISE and outputs[0].numel() != widest:

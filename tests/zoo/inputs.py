@@ -46,9 +46,9 @@ def text_inputs(model: nn.Module, *, seed: int = 0, use_cache: bool = False) -> 
 def _encoder_inputs(model: nn.Module, config: Any, names: set[str], generator: torch.Generator) -> dict[str, Any]:
     """What a model attends to besides its tokens, where it has attention for that."""
     named = [name for name in ("cross_attention_states", "encoder_hidden_states", "encoder_outputs") if name in names]
-    if not named or not any(CROSS_ATTENTION.search(path) for path, _ in model.named_modules()):
+    width = getattr(config, "cross_attention_hidden_size", None) or getattr(config, "hidden_size", None)
+    if not named or not width or not any(CROSS_ATTENTION.search(path) for path, _ in model.named_modules()):
         return {}
-    width = getattr(config, "cross_attention_hidden_size", None) or config.hidden_size
     states = torch.randn(BATCH, ENCODED, width, generator=generator).to(model.dtype)
     inputs: dict[str, Any] = {named[0]: (states,) if named[0] == "encoder_outputs" else states}
     if "encoder_attention_mask" in names:

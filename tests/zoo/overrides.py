@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-
 _NARROW = {"head_dim": 8}
 
 
@@ -31,6 +30,10 @@ OVERRIDES: dict[str, Override] = {
     "dbrx": Override(
         "the attention part reads a rope base its class does not declare, and always clips",
         {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+    ),
+    "deepseek_v4": Override(
+        "blocks of 128 keys are never full in a short sequence",
+        {"compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 6}},
     ),
     "dots3_note_text": Override(
         "the head width of a sliding layer is the sum of its own two parts",
@@ -72,7 +75,9 @@ OVERRIDES: dict[str, Override] = {
             "indexer_compress_ratio": 2,
         },
     ),
-    "recurrent_gemma": Override("kinds of layers come at a period of three", {"block_types": ["recurrent", "attention"]}),
+    "recurrent_gemma": Override(
+        "kinds of layers come at a period of three", {"block_types": ["recurrent", "attention"]}
+    ),
     "reformer": Override(
         "position axes and chunks must fit a short sequence, and hashing must repeat itself",
         {
