@@ -59,17 +59,16 @@ def randomise(model: nn.Module, seed: int) -> None:
 
 def first_tensor(output: Any) -> torch.Tensor:
     """The tensor a forward is judged by: logits where there are some."""
-    for name in ("logits", "last_hidden_state"):
-        if isinstance(getattr(output, name, None), torch.Tensor):
-            return output[name]
-    if isinstance(output, torch.Tensor):
-        return output
-    return next(item for item in output if isinstance(item, torch.Tensor))
+    candidates = [output, getattr(output, "logits", None), getattr(output, "last_hidden_state", None)]
+    for candidate in candidates if isinstance(output, (torch.Tensor, dict)) else output:
+        if isinstance(candidate, torch.Tensor):
+            return candidate
+    raise TypeError(f"no tensor in {type(output).__name__}")
 
 
-def _instantiate(config: Any, attn: str, dtype: torch.dtype) -> nn.Module:
+def _instantiate(config: Any, attn: str, dtype: torch.dtype) -> Any:
     """The causal language model of a configuration, or of the part of it that the model class asks for."""
-    model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
     wanted = model_class.config_class
     if wanted is not None and not isinstance(config, wanted):
         config = next((part for part in vars(config).values() if isinstance(part, wanted)), config)
@@ -77,7 +76,7 @@ def _instantiate(config: Any, attn: str, dtype: torch.dtype) -> nn.Module:
 
 
 def finish(
-    make: Callable[[], nn.Module],
+    make: Callable[[], Any],
     make_inputs: Callable[[nn.Module], dict[str, Any]],
     *,
     seed: int = 0,
@@ -108,7 +107,7 @@ def build(
 ) -> Built:
     """A tiny causal language model of this type which has run once; raises `CannotBuild` with the reason if not."""
 
-    def make() -> nn.Module:
+    def make() -> Any:
         config = tiny_config(model_type)
         if hasattr(config, "is_decoder"):
             config.is_decoder = True

@@ -8,7 +8,8 @@ scale their operand element by element.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,11 +113,11 @@ class _Facts:
     log_weights: bool = False
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows every softmax from the product that scores to the product that consumes."""
 
     def __init__(self, parameters: Iterable[torch.Tensor], where: Callable[[], str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.where = where
         self.sites: list[Softmax] = []
         self.facts: dict[int, _Facts] = {}
@@ -184,20 +185,31 @@ class _Watch(TorchDispatchMode):
             self._learn(tensor, carried)
 
 
-def count(model: nn.Module, inputs: Mapping[str, Any]) -> Counts:
-    """Run one forward and tell its softmaxes apart."""
+@contextmanager
+def _paths(model: nn.Module) -> Iterator[list[str]]:
+    """The paths of the modules being executed, outermost first, kept up to date while inside."""
     stack: list[str] = []
+
+    def leave(*_: Any) -> None:
+        stack.pop()
+
     hooks = []
     for path, module in model.named_modules():
         hooks.append(module.register_forward_pre_hook(lambda *_, path=path: stack.append(path)))
-        hooks.append(module.register_forward_hook(lambda *_: stack.pop() and None, always_call=True))
-    watch = _Watch(model.parameters(), lambda: stack[-1] if stack else "")
+        hooks.append(module.register_forward_hook(leave, always_call=True))
     try:
-        with torch.no_grad(), watch:
-            model(**inputs)
+        yield stack
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def count(model: nn.Module, inputs: Mapping[str, Any]) -> Counts:
+    """Run one forward and tell its softmaxes apart."""
+    with _paths(model) as stack:
+        watch = _Watch(model.parameters(), lambda: stack[-1] if stack else "")
+        with torch.no_grad(), watch:
+            model(**inputs)
     attentions = tuple(site for site in watch.sites if site.attends)
     return Counts(attentions, tuple(site for site in watch.sites if not site.attends))
 

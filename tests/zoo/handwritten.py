@@ -13,6 +13,8 @@ from torch import Tensor, einsum, nn
 class CausalSelfAttention(nn.Module):
     """One linear for q, k and v, a triangular buffer, masked_fill and softmax."""
 
+    bias: Tensor
+
     def __init__(self, width: int, heads: int, block: int) -> None:
         super().__init__()
         self.heads = heads
@@ -31,7 +33,8 @@ class CausalSelfAttention(nn.Module):
         att = att.masked_fill(self.bias[:, :, :T, :T] == 0, float("-inf"))
         att = self.attn_dropout(F.softmax(att, dim=-1))
         y = (att @ v).transpose(1, 2).contiguous().view(B, T, C)
-        return self.c_proj(y)
+        out: Tensor = self.c_proj(y)
+        return out
 
 
 class Block(nn.Module):
@@ -46,7 +49,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        out: Tensor = x + self.mlp(self.ln_2(x))
+        return out
 
 
 class NanoGPT(nn.Module):
@@ -66,7 +70,8 @@ class NanoGPT(nn.Module):
         x = self.wte(idx) + self.wpe(torch.arange(idx.size(1), device=idx.device))
         for block in self.h:
             x = block(x)
-        return self.lm_head(self.ln_f(x))
+        out: Tensor = self.lm_head(self.ln_f(x))
+        return out
 
 
 class EinopsAttention(nn.Module):
@@ -88,8 +93,9 @@ class EinopsAttention(nn.Module):
         if mask is not None:
             sim = sim.masked_fill(~rearrange(mask, "b j -> b 1 1 j"), -torch.finfo(sim.dtype).max)
         attn = (sim - sim.amax(dim=-1, keepdim=True).detach()).softmax(dim=-1)
-        out = einsum("b h i j, b h j d -> b h i d", attn, v)
-        return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
+        heads = einsum("b h i j, b h j d -> b h i d", attn, v)
+        out: Tensor = self.to_out(rearrange(heads, "b h n d -> b n (h d)"))
+        return out
 
 
 class EinopsTransformer(nn.Module):
@@ -121,7 +127,7 @@ class TorchTransformer(nn.Module):
 
     def forward(self, src: Tensor, tgt: Tensor, src_key_padding_mask: Tensor) -> Tensor:
         causal = nn.Transformer.generate_square_subsequent_mask(tgt.size(1), device=tgt.device, dtype=tgt.dtype)
-        return self.transformer(
+        out: Tensor = self.transformer(
             src,
             tgt,
             tgt_mask=causal,
@@ -129,3 +135,4 @@ class TorchTransformer(nn.Module):
             memory_key_padding_mask=src_key_padding_mask,
             tgt_is_causal=True,
         )
+        return out

@@ -56,6 +56,10 @@ OVERRIDES: dict[str, Override] = {
     ),
     "granitemoehybrid": Override("the default has no attention layer", {"layer_types": ["mamba", "attention"]}),
     "helium": Override("the output projection is hidden x hidden", _NARROW),
+    "hrm_text": Override(
+        "two stacks of two layers are executed in turns, and the number of layers is derived from the turns",
+        {"num_hidden_layers": 2, "num_layers_per_stack": None, "H_cycles": 1, "L_cycles": 2},
+    ),
     "jamba": Override(
         "attention and experts come at a period; both kinds of both must fit into two layers",
         {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 0},

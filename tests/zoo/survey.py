@@ -54,7 +54,7 @@ def survey(types: list[str], *, attn: str = "eager", dtype: torch.dtype = torch.
 def main(arguments: list[str]) -> None:
     """`--sdpa` and `--bfloat16` choose the variant, the other arguments are model types."""
     warnings.filterwarnings("ignore")
-    logging.set_verbosity_error()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     torch.set_num_threads(1)
     types = [argument for argument in arguments if not argument.startswith("--")] or causal_lm_types()
     attn = "sdpa" if "--sdpa" in arguments else "eager"
