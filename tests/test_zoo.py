@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,6 +16,15 @@ from zoo.count import attention_calls, count
 from zoo.layers import choose_layers
 from zoo.named import NAMED, Named
 from zoo.shrink import tiny_config
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny operations lose far more to waking threads than they gain."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 REPRESENTATIVES = (
     # model type, attentions, other softmaxes, why it is here
