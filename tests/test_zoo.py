@@ -17,6 +17,7 @@ from zoo.layers import choose_layers
 from zoo.named import NAMED, Named
 from zoo.shrink import tiny_config
 
+
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
     """Tiny operations lose far more to waking threads than they gain."""
