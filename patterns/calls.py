@@ -49,7 +49,7 @@ def latent_attention(node: fx.Node) -> AttentionCall | None:
         query,  # type: ignore[arg-type]
         key,  # type: ignore[arg-type]
         value,  # type: ignore[arg-type]
-        read_scalar(node.args[4]),
+        _scale(query, node.args[4]),
         bool(node.args[5]),
         mask,  # type: ignore[arg-type]
         grouped=True,
@@ -74,9 +74,10 @@ def flex_attention(node: fx.Node) -> AttentionCall | None:
     )
 
 
-def _scale(query: object, scale: object) -> float | None:
-    """The scale in use: the argument, or 1/sqrt(D) where D is known."""
+def _scale(query: object, scale: object) -> float | fx.Node | None:
+    """The scale in use: the argument (a node where it is symbolic), or 1/sqrt(D) where D is known."""
     if scale is not None:
-        return read_scalar(scale)
+        number = read_scalar(scale)
+        return number if number is not None else scale  # type: ignore[return-value]
     width = query.meta["val"].shape[-1]  # type: ignore[attr-defined]
     return float(width) ** -0.5 if isinstance(width, int) else None

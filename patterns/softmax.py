@@ -26,7 +26,6 @@ _LIBRARY = {
     aten.softmax.int,
     aten._softmax.default,
     aten._safe_softmax.default,
-    aten.special_softmax.int,
 }
 _SUMS = {aten.sum.dim_IntList}
 _DIVISIONS = {aten.div.Tensor, aten.true_divide.Tensor, aten.div_.Tensor}

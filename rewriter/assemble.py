@@ -42,7 +42,6 @@ def softmax_site(
     candidates: Sequence[ValueProduct],
     readers: Sequence[fx.Node],
     space: AxisSpace,
-    order: Mapping[fx.Node, int],
 ) -> AttentionSite:
     """Put the two products together. Raises Refused with the axis that does not fit."""
     keys = _key_axes(spelling, product, space)
@@ -66,7 +65,7 @@ def softmax_site(
         query, key = _term(extra, keys, space, spelling.anchor)
         terms.append(ScoreTerm(peel(*query, space), peel(*key, space), _factor(extra.steps)))
     operand = peel(value, space.resolve_layout(value_layout), space)
-    region = _region(spelling, product, second.values(), values, tail, order)
+    region = _region(spelling, product, second.values(), values, tail)
     return AttentionSite(
         anchor=spelling.anchor,
         output=output,
@@ -95,7 +94,8 @@ def call_site(call: AttentionCall, space: AxisSpace) -> AttentionSite:
         size_q, size_k, size_v = (shape[i] if -i <= len(shape) else 1 for shape in (q, k, v))
         if call.grouped and i == -3 and not same_size(size_q, size_k):
             head = space.fresh("h", size_k)
-            cut = space.factor(space.fresh("hg", size_q), (size_k, size_q / size_k if not isinstance(size_q, int) or not isinstance(size_k, int) else size_q // size_k))
+            whole = isinstance(size_q, int) and isinstance(size_k, int)
+            cut = space.factor(space.fresh("hg", size_q), (size_k, size_q // size_k if whole else size_q / size_k))
             dim = cut[0] + cut[1] if cut else head
             head = cut[0] if cut else head
             batch_q.append(dim)
@@ -125,7 +125,9 @@ def call_site(call: AttentionCall, space: AxisSpace) -> AttentionSite:
             if boolean
             else Bias(call.anchor, call.mask, 1.0, layout)
         )
-    if call.scale is not None and call.scale != 1.0:
+    if isinstance(call.scale, fx.Node):
+        steps.insert(0, Scale(call.anchor, by=call.scale))
+    elif call.scale is not None and call.scale != 1.0:
         steps.insert(0, Scale(call.anchor, call.scale))
     term = ScoreTerm(peel(call.query, layout_q, space), peel(call.key, layout_k, space))
     value = peel(call.value, layout_v, space)
@@ -330,18 +332,16 @@ def _region(
     second: Sequence[Product] | object,
     values: ValueProduct,
     tail: Path,
-    order: Mapping[fx.Node, int],
 ) -> tuple[fx.Node, ...]:
     nodes = {*product.path, spelling.anchor, spelling.weights, *values.path, values.contraction.node, *tail}
     for extra in second:  # type: ignore[attr-defined]
         nodes.update(extra.path)
     # softmax by hand: what lies between the scores and the weights
     pending = [spelling.weights, *([spelling.divided_later] if spelling.divided_later else [])]
-    floor = order[spelling.scores]
     while pending:
         node = pending.pop()
         if node in nodes and node is not spelling.weights and node is not spelling.anchor:
             continue
         nodes.add(node)
-        pending.extend(n for n in node.all_input_nodes if order[n] > floor and n not in nodes)
-    return tuple(sorted(nodes, key=order.__getitem__))
+        pending.extend(n for n in node.all_input_nodes if n > spelling.scores and n not in nodes)
+    return tuple(sorted(nodes))

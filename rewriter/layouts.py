@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from .axes import AxisSpace, Layout, Size, product, same_size
-from .compat import size_expr
+from .sizes import size_expr
 
 aten = torch.ops.aten
 
@@ -262,7 +262,7 @@ def _moved(rank: int, source: Sequence[int], destination: Sequence[int]) -> tupl
 
 def _repeat(node: fx.Node, source: fx.Node) -> Step | None:
     before, after = shape_of(source), shape_of(node)
-    counts = tuple(_size_argument(count) for count in node.args[1])  # type: ignore[union-attr]
+    counts = tuple(size_argument(count) for count in node.args[1])  # type: ignore[union-attr]
     if len(counts) < len(after):  # tile pads the counts on the left
         counts = (1,) * (len(after) - len(counts)) + counts
     return Repeat(source, before, counts) if None not in counts else None  # type: ignore[arg-type]
@@ -270,7 +270,7 @@ def _repeat(node: fx.Node, source: fx.Node) -> Step | None:
 
 def _repeat_interleave(node: fx.Node, source: fx.Node) -> Step | None:
     before = shape_of(source)
-    count = _size_argument(node.args[1])
+    count = size_argument(node.args[1])
     dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
     if count is None or dim is None:
         return None
@@ -279,7 +279,8 @@ def _repeat_interleave(node: fx.Node, source: fx.Node) -> Step | None:
     return Repeat(source, before, tuple(counts), interleave=True)
 
 
-def _size_argument(value: object) -> Size | None:
+def size_argument(value: object) -> Size | None:
+    """An argument that is a size: a number, or a node that computes one."""
     if isinstance(value, fx.Node):
         value = value.meta.get("val")
     return size_expr(value) if isinstance(value, int | torch.SymInt) else None
@@ -289,7 +290,7 @@ def _part(node: fx.Node, source: fx.Node) -> Step | None:
     before, after = shape_of(source), shape_of(node)
     if node.target is aten.select.int:
         dim = int(node.args[1]) % len(before)  # type: ignore[arg-type]
-        index = _size_argument(node.args[2])
+        index = size_argument(node.args[2])
         if same_size(before[dim], 1):
             return View(source, before, after)
         if index is None:
@@ -300,7 +301,7 @@ def _part(node: fx.Node, source: fx.Node) -> Step | None:
     dim = int(node.args[1] if len(node.args) > 1 else 0) % len(before)  # type: ignore[call-overload]
     if same_size(before[dim], after[dim]):
         return Identity(source)
-    start = _size_argument(node.args[2]) if len(node.args) > 2 and node.args[2] is not None else 0
+    start = size_argument(node.args[2]) if len(node.args) > 2 and node.args[2] is not None else 0
     if start is None:
         return None
     if isinstance(start, int) and start < 0:

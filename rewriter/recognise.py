@@ -20,7 +20,7 @@ from .axes import AxisSpace
 from .contractions import contraction
 from .layouts import is_tensor, shape_of
 from .registry import patterns
-from .scalars import size_hint
+from .sizes import size_hint
 from .sites import AttentionSite, Miss, Recognition, Sink, SoftmaxSpelling
 from .walks import Path, Refused, climb, descend, follow, open_product, second_terms
 
@@ -29,12 +29,11 @@ def recognise(graph: fx.Graph) -> Recognition:
     """Every softmax and attention call of a graph, as a site or as a miss with its reason."""
     sites: list[AttentionSite] = []
     misses: list[Miss] = []
-    order = {node: position for position, node in enumerate(graph.nodes)}
     taken: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op != "call_function" or node in taken:
             continue
-        found = recognise_at(node, order)
+        found = recognise_at(node)
         if isinstance(found, AttentionSite):
             sites.append(found)
             taken.update(found.region)
@@ -43,7 +42,7 @@ def recognise(graph: fx.Graph) -> Recognition:
     return Recognition(tuple(sites), tuple(misses))
 
 
-def recognise_at(node: fx.Node, order: dict[fx.Node, int]) -> AttentionSite | Miss | None:
+def recognise_at(node: fx.Node) -> AttentionSite | Miss | None:
     """The site or miss anchored at one node; None when the node is no anchor."""
     for read_call in patterns("call"):
         if (call := read_call(node)) is not None:
@@ -51,11 +50,11 @@ def recognise_at(node: fx.Node, order: dict[fx.Node, int]) -> AttentionSite | Mi
     for read_softmax in patterns("softmax"):
         spelling = read_softmax(node)
         if spelling is not None and is_tensor(spelling.scores):
-            return _recognise_softmax(spelling, order)
+            return _recognise_softmax(spelling)
     return None
 
 
-def _recognise_softmax(spelling: SoftmaxSpelling, order: dict[fx.Node, int]) -> AttentionSite | Miss:
+def _recognise_softmax(spelling: SoftmaxSpelling) -> AttentionSite | Miss:
     if not shape_of(spelling.scores):
         return Miss(spelling.anchor, "the softmax runs over a single number", spelling.anchor)
     paths = climb(spelling.scores)
@@ -67,7 +66,7 @@ def _recognise_softmax(spelling: SoftmaxSpelling, order: dict[fx.Node, int]) -> 
     refusals: list[Refused] = []
     for path in paths:
         try:
-            found.append(_follow_candidate(spelling, path, order))
+            found.append(_follow_candidate(spelling, path))
         except Refused as refusal:
             refusals.append(refusal)
     if found:
@@ -99,7 +98,7 @@ def _reaches_product(spelling: SoftmaxSpelling) -> bool:
     return False
 
 
-def _follow_candidate(spelling: SoftmaxSpelling, path: Path, order: dict[fx.Node, int]) -> AttentionSite:
+def _follow_candidate(spelling: SoftmaxSpelling, path: Path) -> AttentionSite:
     """The site of one softmax and one score product. Raises Refused."""
     space = AxisSpace(size_hint)
     found = contraction(path[0])
@@ -111,4 +110,4 @@ def _follow_candidate(spelling: SoftmaxSpelling, path: Path, order: dict[fx.Node
         product = replace(product, steps=(*product.steps, Sink(spelling.anchor, spelling.sink)))
     extra = second_terms(product, space)
     products, readers = follow(spelling.weights, product.layout, space)
-    return softmax_site(spelling, product, extra, products, readers, space, order)
+    return softmax_site(spelling, product, extra, products, readers, space)

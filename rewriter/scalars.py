@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sympy
+
 import torch
 from torch import fx
 
@@ -33,6 +33,3 @@ def read_scalar(value: object) -> float | None:
     return None
 
 
-def size_hint(size: sympy.Expr) -> int:
-    """0: no example value is known for a symbolic size."""
-    return 0

@@ -165,7 +165,7 @@ class AttentionCall:
     query: fx.Node
     key: fx.Node
     value: fx.Node
-    scale: float | None
+    scale: float | fx.Node | None
     causal: bool = False
     mask: fx.Node | None = None
     dropout: float = 0.0

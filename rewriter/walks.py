@@ -119,10 +119,12 @@ def open_product(found: Contraction, space: AxisSpace) -> Product:
 def _fused_addend(found: Contraction, layout: Layout) -> tuple[ScoreStep, ...]:
     """baddbmm(addend, q, k, beta, alpha) = alpha q·k + beta addend."""
     alpha, beta = read_scalar(found.alpha), read_scalar(found.beta)
-    if alpha is None or beta is None:
-        raise Refused("alpha or beta of the score product is not a known number", found.node)
+    if beta is None:
+        raise Refused("the factor of what is added to the score product is not a known number", found.node)
     steps: list[ScoreStep] = []
-    if alpha != 1.0:
+    if alpha is None:
+        steps.append(Scale(found.node, by=found.alpha))  # type: ignore[arg-type]
+    elif alpha != 1.0:
         steps.append(Scale(found.node, alpha))
     if beta != 0.0 and found.addend is not None:
         steps.append(Bias(found.node, found.addend, beta, operand_layout(found.addend, layout)))
@@ -131,7 +133,7 @@ def _fused_addend(found: Contraction, layout: Layout) -> tuple[ScoreStep, ...]:
 
 def operand_layout(operand: fx.Node, layout: Layout) -> Layout:
     """The layout of the other operand of an elementwise operator, aligned from the right; size 1 is broadcast."""
-    shape = shape_of(operand)
+    shape = shape_of(operand) if is_tensor(operand) else ()  # a symbolic number has no dimensions
     aligned = layout[len(layout) - len(shape) :] if shape else ()
     return tuple(() if same_size(size, 1) else dim for size, dim in zip(shape, aligned, strict=True))
 

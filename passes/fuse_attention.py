@@ -1,0 +1,84 @@
+"""Attention spelled out in matmuls and a softmax becomes one fused operator, which never stores the scores."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from .. import rewrite
+from ..kernels import attention as _attention  # noqa: F401  # defines latent::attention
+from ..rewriter.axes import size_of
+from ..rewriter.canonical import (
+    Canonical,
+    emit_attention,
+    emit_mask,
+    emit_query_key,
+    groups_repeated,
+    place,
+    width_of,
+)
+from ..rewriter.emit import Emitter
+from ..rewriter.rules import Benefit, Cost, Match, Refusal
+from ..rewriter.score_form import Unusual, score_form
+from ..rewriter.sites import AttentionSite, Cast, Changed, Dropout, Gate
+
+
+@rewrite("fuse_attention", exact=True)
+class FuseAttention:
+    """softmax(scale · q kᵀ + mask) v  ->  attention(q, k, v, mask, scale)."""
+
+    def match(self, site: AttentionSite) -> Match | Refusal:
+        if site.call is not None:
+            return Refusal(f"it is one fused call already ({site.spelling})", site.anchor)
+        if site.weight_readers:
+            reader = site.weight_readers[0]
+            return Refusal("the attention weights are read by something else too", reader)
+        for step in site.weight_steps:
+            if isinstance(step, Changed):
+                return Refusal(step.reason, step.node)
+            if isinstance(step, Gate):
+                return Refusal("the attention weights are multiplied by a tensor after the softmax", step.node)
+            if isinstance(step, Dropout) and step.p:
+                return Refusal("dropout of the weights is active; a fused operator would draw other numbers", step.node)
+            if not isinstance(step, Cast | Dropout):
+                return Refusal("rows without a visible key are set to zero after the softmax", step.node)
+        scores = score_form(site)
+        if isinstance(scores, Unusual):
+            return Refusal(scores.reason, scores.node)
+        if scores.cap is not None:
+            return Refusal("the scores are soft-capped, and no fused kernel here caps them", site.anchor)
+        if scores.sinks:
+            return Refusal("sinks take part in the softmax, and no fused kernel here has them", scores.sinks[0].node)
+        repeated = groups_repeated(site)
+        if repeated and repeated != set(site.axes.groups):
+            return Refusal("some of the heads that share keys are repeated and some are not", site.key.node)
+        if not _computes(site).is_floating_point:
+            return Refusal("the scores are not floating point numbers", site.anchor)
+        return Match(site, {"scores": scores, "folded": not repeated})
+
+    def benefit(self, match: Match) -> Benefit:
+        """The scores are written and read once for every step between the two products."""
+        site = match.site
+        axes = site.axes
+        outer = size_of(axes.batch + axes.heads + axes.groups)
+        S, T, D, E = (size_of(d) for d in (axes.queries, axes.keys, width_of(site), axes.value_width))
+        item = _computes(site).itemsize
+        flops = 2 * outer * S * T * (D + E)
+        ends = item * outer * (S * (D + E) + T * (D + E))
+        passes = 2 + len(site.steps) + len(site.weight_steps)
+        return Benefit(Cost(flops, ends + item * outer * S * T * passes), Cost(flops, ends))
+
+    def build(self, match: Match, emit: Emitter) -> fx.Node:
+        site, scores = match.site, match.facts["scores"]
+        form = Canonical(site, match.facts["folded"])
+        dtype = _computes(site)
+        query, key, scale = emit_query_key(emit, form, scores, dtype)
+        mask, query = emit_mask(emit, form, scores, query)
+        value = emit.cast(place(emit, site.value, form.columns(site.axes.value_width), site), dtype)
+        return emit_attention(emit, form, query, key, value, mask, scale, causal=False)
+
+
+def _computes(site: AttentionSite) -> torch.dtype:
+    """The wider of the dtypes in which the two products are computed (autocast narrows them)."""
+    dtypes = [node.meta["val"].dtype for node in (site.region[0], site.output)]
+    return torch.promote_types(*dtypes)

@@ -1,0 +1,149 @@
+"""The way of a graph: capture, normal form, recognise, rewrite (with certificates), lower, hoist, inductor.
+
+`torch.compile(model, backend="latent")` calls `latent`. Whatever fails on the way costs one warning that names the
+stage, and the untouched graph goes to inductor.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import history
+from .capture import capture, untouched_copy
+from .compat import DYNAMO_CONTROL_FLOW, compile_id, hand_to_inductor, list_mode_options, size_hints
+from .dump import dump_graph, dump_report, trace_artifacts
+from .expect import check_expectations
+from .lower import lower
+from .masks_in_sites import mask_texts
+from .normal_form import check_normal_form, normalise, remove_dead_code
+from .opening import decompositions
+from .options import ExpectationFailed, OptionError, Options, read_options
+from .prologue import hoist
+from .recognise import recognise
+from .report import GraphReport, report_miss, report_site
+from .rewrite import rewrite_graph
+
+log = logging.getLogger(__name__)
+
+Compiled = Callable[..., Any]
+STAGES = ("capture", "normal form", "recognise", "rewrite", "lower", "hoist", "inductor")
+_numbers = itertools.count()
+
+
+class StageFailed(RuntimeError):
+    """A stage raised; `__cause__` is what it raised."""
+
+    def __init__(self, stage: str, error: BaseException) -> None:
+        super().__init__(f"stage {stage!r} failed: {type(error).__name__}: {error}")
+        self.stage = stage
+
+
+def latent(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """The backend. Raises OptionError for a bad option and ExpectationFailed for a broken contract, else nothing."""
+    chosen = read_options(options, mode)
+    spare = untouched_copy(gm)
+    try:
+        return compile_graph(gm, example_inputs, chosen)
+    except (*DYNAMO_CONTROL_FLOW, ExpectationFailed, OptionError):
+        raise
+    except Exception as error:
+        if chosen.strict:
+            raise
+        stage = error.stage if isinstance(error, StageFailed) else "backend"
+        log.warning("latent: %s; the graph is compiled untouched by inductor", error)
+        history.remember(GraphReport(_name(), len(gm.graph.nodes), (), (), (), failure=f"{stage}: {error.__cause__}"))
+        return finish(spare, example_inputs, chosen)
+
+
+latent.reset = history.forget  # type: ignore[attr-defined]  # torch._dynamo.reset() calls it
+
+
+def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Compiled:
+    """All stages in order. Raises StageFailed."""
+    seconds: dict[str, float] = {}
+    graph_module, report = transform(gm, example_inputs, options, seconds)
+    with stage("hoist", seconds):
+        hoisted = hoist(graph_module, example_inputs)
+    history.remember(report)
+    check_expectations(report, options.expect)
+    with stage("inductor", {}):
+        compiled = finish(hoisted.gm, [*example_inputs, *hoisted.extra_inputs], options)
+    return hoisted.wrap(compiled)
+
+
+def transform(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, seconds: dict[str, float]
+) -> tuple[fx.GraphModule, GraphReport]:
+    """From Dynamo's graph to plain ATen with every rewrite applied, and the report about it. Raises StageFailed."""
+    name = _name()
+    with stage("capture", seconds):
+        captured = capture(gm, example_inputs, decompositions())
+    with stage("normal form", seconds):
+        normal = normalise(captured)
+    dump_graph(options.dump, name, "captured", normal)
+    with stage("recognise", seconds):
+        found = recognise(normal.graph)
+        masks = mask_texts(found.sites)
+        sites = tuple(report_site(i, site, masks[i]) for i, site in enumerate(found.sites))
+        misses = tuple(report_miss(miss) for miss in found.misses)
+    with stage("rewrite", seconds):
+        done = rewrite_graph(normal.graph, found.sites, options, size_hints(normal.graph))
+        remove_dead_code(normal)
+    dump_graph(options.dump, name, "rewritten", normal)
+    with stage("lower", seconds):
+        lowered = lower(normal)
+        remove_dead_code(normal)
+    report = GraphReport(
+        name,
+        len(gm.graph.nodes),
+        sites,
+        done.verdicts,
+        misses,
+        tuple(f"{entry.operator} → {entry.reason}" for entry in lowered),
+        len(done.certificates),
+        seconds,
+    )
+    dump_report(options.dump, report)
+    trace_artifacts(report)
+    return normal, report
+
+
+def finish(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Compiled:
+    """Hand a graph to inductor, or run it as it is."""
+    if options.inner == "eager":
+        return gm.forward
+    return hand_to_inductor(gm, example_inputs, {**list_mode_options(options.mode), **options.inductor})
+
+
+@contextmanager
+def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Time a stage and give its name to what it raises."""
+    start = time.perf_counter()
+    try:
+        yield
+    except (*DYNAMO_CONTROL_FLOW, ExpectationFailed):
+        raise
+    except Exception as error:
+        raise StageFailed(name, error) from error
+    finally:
+        seconds[name] = time.perf_counter() - start
+        log.debug("%s: %.3f s", name, seconds[name])
+
+
+def _name() -> str:
+    """The compile id where torch has one ("0_0"), made unique."""
+    return f"graph {next(_numbers)} [{compile_id() or '-'}]"

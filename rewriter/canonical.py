@@ -1,0 +1,174 @@
+"""A site's tensors in the one layout of fused attention: query [B H S D], key [B K T D], value [B K T E].
+
+B merges all batch axes, H = K·G the key heads and their groups (group minor), S the query axes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from .axes import Dim, Layout, flat
+from .emit import Emitter
+from .layouts import is_tensor
+from .score_form import HIDES, ScoreForm, key_scaling
+from .sites import AttentionSite, Bias, Fill, Operand, Scale
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Canonical:
+    """The dimensions every tensor of the site is brought to; `folded` leaves the groups out of keys and values."""
+
+    site: AttentionSite
+    folded: bool
+
+    @property
+    def heads(self) -> Dim:
+        return self.site.axes.heads + self.site.axes.groups
+
+    @property
+    def key_heads(self) -> Dim:
+        return self.site.axes.heads if self.folded else self.heads
+
+    def rows(self, width: Dim) -> Layout:
+        return (self.site.axes.batch, self.heads, self.site.axes.queries, width)
+
+    def columns(self, width: Dim) -> Layout:
+        return (self.site.axes.batch, self.key_heads, self.site.axes.keys, width)
+
+
+def width_of(site: AttentionSite, term: int = 0) -> Dim:
+    """The axes that a score product sums over, in the key's order."""
+    space = site.space
+    query, key = (space.resolve_layout(o.layout) for o in (site.terms[term].query, site.terms[term].key))
+    in_query, roles = space.axes(query), site.axes
+    outer = {*roles.batch, *roles.heads, *roles.groups, *roles.queries, *roles.keys}
+    return tuple(axis for axis in flat(key) if axis in in_query and axis not in outer)
+
+
+def groups_repeated(site: AttentionSite) -> set[object]:
+    """Group axes that keys or values hold as repetitions."""
+    space = site.space
+    return set(site.axes.groups) & space.axes(*(term.key.layout for term in site.terms), site.value.layout)
+
+
+def place(emit: Emitter, operand: Operand, target: Layout, site: AttentionSite) -> fx.Node:
+    """The operand in layout `target`, from the entry of its chain that needs the fewest operations."""
+    space = site.space
+    wanted = set(flat(space.resolve_layout(target)))
+    for node, layout in operand.chain:
+        if space.resolve_layout(layout) == space.resolve_layout(target):
+            return node
+    for node, layout in operand.chain:
+        if space.axes(layout) <= wanted:
+            return emit.expand(emit.relayout(node, layout, target), target)
+    raise ValueError(f"{operand.node.name} has axes that the target layout lacks")
+
+
+def emit_query_key(
+    emit: Emitter, form: Canonical, scores: ScoreForm, dtype: torch.dtype
+) -> tuple[fx.Node, fx.Node, float | fx.Node]:
+    """Query and key [.. D] with all terms side by side, tensor scales applied, and the scale that remains."""
+    site = form.site
+    queries, keys = [], []
+    for n, term in enumerate(site.terms):
+        width = width_of(site, n)
+        query = emit.cast(place(emit, term.query, form.rows(width), site), dtype)
+        if term.factor != 1.0:
+            query = emit.call(aten.mul.Tensor, query, term.factor)
+        queries.append(query)
+        keys.append(emit.cast(place(emit, term.key, form.columns(width), site), dtype))
+    query = queries[0] if len(queries) == 1 else emit.call(aten.cat.default, queries, -1)
+    key = keys[0] if len(keys) == 1 else emit.call(aten.cat.default, keys, -1)
+    scale: float | fx.Node = scores.scale
+    for step in scores.scale_by:
+        assert step.by is not None
+        if not is_tensor(step.by):
+            scale = _scaled(emit, scale, step)
+        elif key_scaling(step, site, site.space):
+            key = _multiply(emit, key, step, (*form.columns(())[:3], ()))
+        else:
+            query = _multiply(emit, query, step, (*form.rows(())[:3], ()))
+    return query, key, scale
+
+
+def _scaled(emit: Emitter, scale: float | fx.Node, step: Scale) -> float | fx.Node:
+    import operator
+
+    return emit.call(operator.truediv if step.divide else operator.mul, scale, step.by)
+
+
+def _multiply(emit: Emitter, tensor: fx.Node, step: Scale, target: Layout) -> fx.Node:
+    assert step.by is not None
+    factor = emit.cast(emit.relayout(step.by, step.layout, target) if step.layout else step.by, tensor.meta["val"].dtype)
+    return emit.call(aten.div.Tensor if step.divide else aten.mul.Tensor, tensor, factor)
+
+
+def emit_mask(
+    emit: Emitter, form: Canonical, scores: ScoreForm, query: fx.Node
+) -> tuple[fx.Node | None, fx.Node]:
+    """The additive mask [B|1 H|1 S|1 T], and the query, zeroed where a mild fill hides a whole row.
+
+    where(keep, s, -1e4) of a row without keys is uniform, s - 1e4 is not: with q = 0 there both are.
+    """
+    site = form.site
+    dtype = query.meta["val"].dtype
+    target = (site.axes.batch, form.heads, site.axes.queries, site.axes.keys)
+    mask: fx.Node | None = None
+    for step in scores.masks:
+        match step:
+            case Bias(bias=fx.Node() as bias):
+                bias = emit.cast(emit.relayout(bias, step.layout, target) if is_tensor(bias) else bias, dtype)
+                if step.factor != 1.0:
+                    bias = emit.call(aten.mul.Tensor, bias, step.factor)
+                mask = bias if mask is None else emit.call(aten.add.Tensor, mask, bias)
+            case Bias():
+                if mask is not None:
+                    mask = emit.call(aten.add.Tensor, mask, step.factor * step.bias)  # type: ignore[operator]
+            case Fill():
+                keep = emit.relayout(step.condition, step.layout, target)
+                if not step.keep:
+                    keep = emit.call(aten.logical_not.default, keep)
+                base = mask if mask is not None else _number(emit, keep, 0.0, dtype)
+                fill = max(step.value, torch.finfo(dtype).min) if step.value != float("-inf") else step.value
+                mask = emit.call(aten.where.self, keep, base, _number(emit, keep, fill, dtype))
+                if step.value > HIDES:
+                    seen = emit.call(aten.any.dim, keep, -1, True)
+                    query = emit.call(aten.mul.Tensor, query, emit.cast(seen, dtype))
+            case Scale() if mask is not None:
+                if step.by is None:
+                    mask = emit.call(aten.mul.Tensor, mask, step.factor)
+                else:
+                    by = emit.relayout(step.by, step.layout, target) if step.layout else step.by
+                    mask = emit.call(aten.div.Tensor if step.divide else aten.mul.Tensor, mask, by)
+    return mask, query
+
+
+def _number(emit: Emitter, like: fx.Node, value: float, dtype: torch.dtype) -> fx.Node:
+    device = like.meta["val"].device
+    return emit.call(aten.scalar_tensor.default, value, dtype=dtype, device=device)
+
+
+def emit_attention(
+    emit: Emitter,
+    form: Canonical,
+    query: fx.Node,
+    key: fx.Node,
+    value: fx.Node,
+    mask: fx.Node | None,
+    scale: float | fx.Node,
+    causal: bool,
+) -> fx.Node:
+    """latent::attention on canonical tensors, its result in the layout and dtype of the site's output."""
+    site = form.site
+    if mask is not None:
+        shape = [d for d in mask.meta["val"].shape]
+        if len(shape) != 4:
+            raise ValueError(f"a mask of {len(shape)} dimensions is not canonical")
+    out = emit.call(torch.ops.latent.attention.default, query, key, value, mask, scale, causal)
+    out = emit.relayout(out, form.rows(site.axes.value_width), site.output_layout)
+    return emit.cast(out, site.output.meta["val"].dtype)

@@ -1,0 +1,191 @@
+"""Capture: Dynamo's graph, traced again to pre-dispatch ATen, as a graph of our own.
+
+Dynamo walks the placeholders of its graph once more after the backend has returned, so that graph is never edited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from .compat import (
+    DYNAMO_CONTROL_FLOW,
+    FakeTensor,
+    FakeTensorMode,
+    OpOverload,
+    adopt_constants,
+    autocast_switch,
+    copy_module_facts,
+    copy_placeholder_facts,
+    fake_mode_for,
+    fake_mode_of,
+    inference_switch,
+    trace_pre_dispatch,
+)
+
+__all__ = ["CaptureError", "capture", "untouched_copy"]
+
+PROVENANCE = ("nn_module_stack", "stack_trace")
+
+
+class CaptureError(RuntimeError):
+    """The graph could not be brought to ATen. `stage` says where, `reason` why; the graph given is unharmed."""
+
+    def __init__(self, stage: str, reason: str) -> None:
+        super().__init__(f"{stage}: {reason}")
+        self.stage, self.reason = stage, reason
+
+
+def capture(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[object],
+    decompositions: Mapping[OpOverload, Callable[..., Any]] | None = None,
+) -> fx.GraphModule:
+    """`gm` as pre-dispatch ATen: same inputs, same outputs, same writes; `gm` itself is not changed.
+
+    `decompositions` opens operators while tracing. Raises CaptureError when the graph can not be traced again.
+    """
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    if len(placeholders) != len(example_inputs):
+        raise CaptureError("inputs", f"{len(placeholders)} placeholders, {len(example_inputs)} example inputs")
+    _refuse_what_does_not_survive(gm)
+    fakes = _fakes(gm, placeholders, example_inputs)
+    try:
+        new = trace_pre_dispatch(_Tracer(gm).run_flat, fakes, fake_mode_of(gm, fakes), decompositions)
+    except DYNAMO_CONTROL_FLOW:
+        raise
+    except Exception as error:
+        raise CaptureError("trace", f"{type(error).__name__}: {_first_line(error)}") from error
+    _carry_facts(gm, new, placeholders)
+    _check_same_interface(gm, new)
+    return new
+
+
+def untouched_copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of Dynamo's graph, node for node, that may be given away: compilers take ownership of their graph."""
+    graph = fx.Graph()
+    placed: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(gm.graph, placed)
+    output = graph.output(result)
+    output.meta = dict(gm.graph.output_node().meta)
+    new = fx.GraphModule(gm, graph)
+    copy_module_facts(gm, new)
+    for old, mine in placed.items():
+        if old.op == "placeholder":
+            mine.meta.pop("grapharg", None)
+            copy_placeholder_facts(old, mine)
+    return new
+
+
+# ** inputs **
+
+
+def _fakes(
+    gm: fx.GraphModule, placeholders: Sequence[fx.Node], example_inputs: Sequence[object]
+) -> list[object]:
+    """What stands for each input: the value Dynamo traced with, or for graphs of other origin one made here."""
+    held = [
+        node.meta.get("example_value", node.meta.get("val", given))
+        for node, given in zip(placeholders, example_inputs, strict=True)
+    ]
+    mode = fake_mode_of(gm, held) or fake_mode_for(held)
+    return [_fake(value, mode) for value in held]
+
+
+def _fake(value: object, mode: FakeTensorMode) -> object:
+    if not isinstance(value, torch.Tensor):
+        return value
+    if not isinstance(value, FakeTensor):
+        return mode.from_tensor(value, static_shapes=True)
+    return value
+
+
+# ** the trace **
+
+
+class _Tracer(fx.Interpreter):
+    """Runs a graph so that what is not an operator is recorded as well."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+        self._grad_before_inference: list[bool] = []
+
+    def run_flat(self, *args: object) -> Any:
+        return self.run(*args)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if (entering := autocast_switch(target)) is not None:
+            return self._autocast(entering, args)
+        if (entering := inference_switch(target)) is not None:
+            return self._inference(entering, args)
+        return super().call_function(target, args, kwargs)
+
+    @staticmethod
+    def _autocast(entering: bool, args: tuple[Any, ...]) -> Any:
+        # The tracer records Dynamo's function without running it, and the dtypes inside the region would be wrong.
+        # The context manager is recorded as the same node, and runs.
+        if entering:
+            device, dtype, enabled, cache = args
+            return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache).__enter__()
+        return args[0].__exit__(None, None, None)
+
+    def _inference(self, entering: bool, args: tuple[Any, ...]) -> Any:
+        # The tracer forgets inference mode, and gradients would flow where the user stopped them. Switching grad mode
+        # is recorded and stops them too; results are then ordinary tensors without history.
+        if entering:
+            self._grad_before_inference.append(torch.is_grad_enabled())
+            inference = args[0] if args else True
+            torch._C._set_grad_enabled(not inference)
+        else:
+            torch._C._set_grad_enabled(self._grad_before_inference.pop())
+        return None
+
+
+def _refuse_what_does_not_survive(gm: fx.GraphModule) -> None:
+    """Graphs that trace again, and then compile wrongly or not at all."""
+    targets = {getattr(n.target, "__name__", "") for n in gm.graph.nodes if n.op == "call_function"}
+    if "_vmap_increment_nesting" in targets:
+        raise CaptureError("inputs", "the graph holds a vmap, whose levels do not survive a second trace")
+
+
+# ** afterwards **
+
+
+def _carry_facts(gm: fx.GraphModule, new: fx.GraphModule, placeholders: Sequence[fx.Node]) -> None:
+    for old, mine in zip(placeholders, new.graph.find_nodes(op="placeholder"), strict=True):
+        copy_placeholder_facts(old, mine)
+    copy_module_facts(gm, new)
+    adopt_constants(new)
+    for key in PROVENANCE:
+        _inherit(new.graph, key)
+    new.recompile()
+
+
+def _inherit(graph: fx.Graph, key: str) -> None:
+    """Give calls without `meta[key]` that of the nearest producer which has one, or else of the nearest consumer."""
+    nodes = [node for node in graph.nodes if node.op.startswith("call")]
+    for node in nodes:
+        givers = sorted(node.all_input_nodes, reverse=True)
+        _take(node, key, (n for n in givers if n.op.startswith("call")))
+    for node in reversed(nodes):
+        _take(node, key, iter(sorted(node.users)))
+
+
+def _take(node: fx.Node, key: str, givers: Any) -> None:
+    if not node.meta.get(key) and (found := next((g.meta[key] for g in givers if g.meta.get(key)), None)):
+        node.meta[key] = found
+
+
+def _check_same_interface(gm: fx.GraphModule, new: fx.GraphModule) -> None:
+    old_results = pytree.tree_leaves(gm.graph.output_node().args[0])
+    new_results = pytree.tree_leaves(new.graph.output_node().args[0])
+    if len(old_results) != len(new_results):
+        raise CaptureError("outputs", f"{len(old_results)} before, {len(new_results)} after")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or "no message").splitlines()[0]

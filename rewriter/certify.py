@@ -1,0 +1,148 @@
+"""Numeric proof of one application: the region cut out and its replacement run side by side on random inputs.
+
+Everything floating point runs in fp64, so an exact rewrite agrees to rounding: 1e-9 of the result's size. The inputs
+are the nodes that both sides read; what the match relies on (a proven mask) is computed from the graph's own inputs.
+Rows for which the original has no finite answer (no visible key under a fill of -inf) are not compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from .sizes import concrete
+
+TOLERANCE = 1e-9
+LIMIT = 1 << 28
+"""Elements of the largest intermediate tensor that a certificate may compute."""
+
+_NARROW = {torch.float16, torch.bfloat16, torch.float32}
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The largest error relative to the size of the original's result, over all elements compared."""
+
+    error: float
+    compared: int
+    note: str = ""
+
+    @property
+    def holds(self) -> bool:
+        return self.error <= TOLERANCE and (self.compared > 0 or bool(self.note))
+
+
+def certify(original: fx.Node, replacement: fx.Node, new: Iterable[fx.Node], evaluate: Iterable[fx.Node]) -> Certificate:
+    """Compare `replacement` (built from the nodes `new`) with `original`."""
+    new = set(new)
+    frontier = {node for added in new for node in added.all_input_nodes if node not in new}
+    frontier.discard(original)
+    evaluate = set(evaluate)
+    opened = _ancestors(evaluate)
+    inputs = frontier - opened
+    needed = _needed(original, inputs) | _needed(replacement, inputs)
+    todo = sorted(needed)
+    if (size := max((_elements(node) for node in todo), default=0)) > LIMIT:
+        return Certificate(0.0, 0, f"not run: {size} elements in one tensor")
+    values = _run(todo, inputs)
+    return _compare(values[original], values[replacement])
+
+
+def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending.extend(node.all_input_nodes)
+    return {node for node in found if node.op != "placeholder"}
+
+
+def _needed(node: fx.Node, inputs: set[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        top = pending.pop()
+        if top in found:
+            continue
+        found.add(top)
+        if top not in inputs:
+            pending.extend(top.all_input_nodes)
+    return found
+
+
+def _elements(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return 0
+    count = 1
+    for size in value.shape:
+        count *= concrete(size)
+    return count
+
+
+def _run(nodes: list[fx.Node], inputs: set[fx.Node]) -> dict[fx.Node, Any]:
+    generator = torch.Generator().manual_seed(0)
+    values: dict[fx.Node, Any] = {}
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        for node in nodes:
+            if node in inputs or node.op == "placeholder":
+                values[node] = _random(node.meta.get("val"), generator)
+            elif node.op == "get_attr":
+                values[node] = _widened(getattr(node.graph.owning_module, str(node.target)))
+            else:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                values[node] = _widened(node.target(*_wide(args), **_wide(kwargs)))  # type: ignore[operator]
+    return values
+
+
+def _random(example: Any, generator: torch.Generator) -> Any:
+    if not isinstance(example, torch.Tensor):
+        return concrete(example)
+    shape = [concrete(size) for size in example.shape]
+    if example.dtype == torch.bool:
+        return torch.rand(shape, generator=generator) < 0.7
+    if example.dtype.is_floating_point:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+    if example.dtype.is_complex:
+        return torch.randn(shape, generator=generator, dtype=torch.complex128)
+    return torch.randint(0, 4, shape, generator=generator).to(example.dtype)
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.dtype in _NARROW:
+        return value.double()
+    return value
+
+
+def _wide(arguments: Any) -> Any:
+    """Arguments with fp64 in place of narrower floating point dtypes, and the CPU for devices."""
+
+    def wide(value: Any) -> Any:
+        if isinstance(value, torch.dtype) and value in _NARROW:
+            return torch.float64
+        if isinstance(value, torch.device):
+            return torch.device("cpu")
+        return value
+
+    if isinstance(arguments, Mapping):
+        return {key: _wide(value) for key, value in arguments.items()}
+    if isinstance(arguments, list | tuple):
+        return type(arguments)(_wide(value) for value in arguments)
+    return wide(arguments)
+
+
+def _compare(expected: torch.Tensor, actual: torch.Tensor) -> Certificate:
+    if expected.shape != actual.shape:
+        return Certificate(float("inf"), 1, f"shapes differ: {tuple(expected.shape)} and {tuple(actual.shape)}")
+    finite = expected.isfinite()
+    if not finite.any():
+        return Certificate(float("inf"), 0)
+    size = expected[finite].abs().max().clamp(min=1e-30)
+    error = (expected - actual)[finite].abs().max() / size
+    return Certificate(float(error) if error == error else float("inf"), int(finite.sum()))

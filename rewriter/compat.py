@@ -1,0 +1,291 @@
+"""Everything private of torch that this package uses, in one place.
+
+No other file imports an underscore name of torch or touches one of its private attributes. Each use names the torch
+release it was last seen in, so that a break points at the line to change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame  # 2.13
+from torch._dynamo.source import ConstantSource  # 2.13
+from torch._guards import Source  # 2.13
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # 2.13
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import statically_known_true as _known_true
+
+__all__ = [
+    "DYNAMO_CONTROL_FLOW",
+    "FakeTensor",
+    "FakeTensorMode",
+    "HigherOrderOperator",
+    "OpOverload",
+    "add_input",
+    "adopt_constants",
+    "autocast_switch",
+    "compile_id",
+    "copy_module_facts",
+    "copy_placeholder_facts",
+    "emit_trace_artifact",
+    "expr_of",
+    "fake_mode_of",
+    "fqn_of",
+    "hand_to_inductor",
+    "inference_switch",
+    "is_static_input",
+    "list_mode_options",
+    "random_ops_kept",
+    "size_hints",
+    "source_name",
+    "statically_known_true",
+    "trace_pre_dispatch",
+    "version_of",
+]
+
+OpOverload = torch._ops.OpOverload  # 2.13
+HigherOrderOperator = torch._ops.HigherOrderOperator  # 2.13
+
+DYNAMO_CONTROL_FLOW: tuple[type[BaseException], ...] = (RestartAnalysis, SkipFrame, ShortenTraceback)
+"""Exceptions by which a backend tells Dynamo what to do next. A catch-all has to let them through."""
+
+
+# ** values **
+
+
+def fake_mode_of(gm: fx.GraphModule, values: Sequence[object] = ()) -> FakeTensorMode | None:
+    """The fake mode a graph was traced with, or None when it holds no fake tensor.
+
+    `TracingContext.get().fake_mode` is another mode than the one of the placeholders, and torch refuses to mix them.
+    """
+    held = (node.meta.get(key) for node in gm.graph.nodes for key in ("example_value", "val"))
+    for value in (*values, *held):
+        for item in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(item, FakeTensor):
+                return item.fake_mode
+    return None
+
+
+def fake_mode_for(values: Sequence[object]) -> FakeTensorMode:
+    """A new fake mode that shares the symbols of the SymInts among `values`, if there are any."""
+    env = next((v.node.shape_env for v in values if isinstance(v, torch.SymInt | torch.SymFloat)), None)
+    return FakeTensorMode(shape_env=env or ShapeEnv(), allow_non_fake_inputs=True)
+
+
+def expr_of(value: object) -> sympy.Expr:
+    """The sympy expression of a number, which may be a SymInt, SymFloat or SymBool. Raises TypeError for others."""
+    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+        return value.node.expr  # 2.13
+    if isinstance(value, bool | int | float):
+        return sympy.sympify(value)
+    raise TypeError(f"{type(value).__name__} is not a number")
+
+
+def statically_known_true(condition: bool | torch.SymBool) -> bool:
+    """Whether `condition` holds for every input that the guards let in. Adds no guard."""
+    return _known_true(condition)
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often autograd saw the tensor written to; -1 for inference tensors, which do not count."""
+    return -1 if tensor.is_inference() else tensor._version  # 2.13
+
+
+def trace_pre_dispatch(
+    function: Callable[..., Any],
+    fakes: Sequence[object],
+    mode: FakeTensorMode | None = None,
+    decompositions: Mapping[OpOverload, Callable[..., Any]] | None = None,
+) -> fx.GraphModule:
+    """`function` as a graph of pre-dispatch ATen: composite operators such as linear and attention stay whole.
+
+    `mode` is taken from `fakes` when it is not given. Symbols that data-dependent operators make during the trace are
+    forgotten: whoever compiles the graph traces it again and makes its own.
+    """
+    found = (v.fake_mode for v in fakes if isinstance(v, FakeTensor))
+    mode = mode or next(found, None) or fake_mode_for(fakes)
+    env = mode.shape_env
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_restored_globals())
+        stack.enter_context(mode)
+        stack.enter_context(fx.traceback.preserve_node_meta())
+        if env is not None:
+            stack.enter_context(env.ignore_fresh_unbacked_symbols())  # 2.13
+        traced: fx.GraphModule = make_fx(
+            function,
+            decomposition_table=dict(decompositions or {}),
+            tracing_mode="real",  # the inputs are fake already
+            pre_dispatch=True,
+            _allow_non_fake_inputs=True,  # 2.13: tensor constants of the graph are real
+        )(*fakes)
+    return traced
+
+
+@contextlib.contextmanager
+def _restored_globals() -> Iterator[None]:
+    """Grad mode and autocast as they were: a trace that fails half way leaves neither switched."""
+    devices = ("cpu", "cuda")
+    autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
+    grad = torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(grad)
+        for device, enabled, dtype in autocast:
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
+
+
+def autocast_switch(target: object) -> bool | None:
+    """True for the node target that enters an autocast region, False for the one that leaves it, else None."""
+    if target is torch.amp.autocast_mode._enter_autocast:  # 2.13
+        return True
+    return False if target is torch.amp.autocast_mode._exit_autocast else None  # 2.13
+
+
+def inference_switch(target: object) -> bool | None:
+    """True for the node target that enters inference mode, False for the one that leaves it, else None."""
+    if target is torch.autograd.grad_mode._enter_inference_mode:  # 2.13
+        return True
+    return False if target is torch.autograd.grad_mode._exit_inference_mode else None  # 2.13
+
+
+# ** what Dynamo notes on a graph **
+
+
+def source_name(placeholder: fx.Node) -> str:
+    """Where an input comes from in the user's program, as `L['self']._parameters['weight']`; "" when unknown."""
+    source = getattr(placeholder, "_dynamo_source", None)  # 2.13
+    return "" if source is None else str(source.name)
+
+
+def copy_placeholder_facts(old: fx.Node, new: fx.Node) -> None:
+    """Meta and source of an input, without "grapharg", through which Dynamo would find its own node again."""
+    traced = {key: new.meta[key] for key in ("val", "tensor_meta") if key in new.meta}
+    new.meta.update({key: value for key, value in old.meta.items() if key != "grapharg"} | traced)
+    new._dynamo_source = getattr(old, "_dynamo_source", None)  # type: ignore[attr-defined]  # 2.13: AOTAutograd asserts it
+
+
+def copy_module_facts(old: fx.GraphModule, new: fx.GraphModule) -> None:
+    """Module meta and the sources of parameters, as copies."""
+    new.meta = dict(old.meta)
+    for name in ("_param_name_to_source", "_source_to_user_stacks"):  # 2.13
+        if hasattr(old, name):
+            setattr(new, name, dict(getattr(old, name) or {}))
+
+
+def adopt_constants(gm: fx.GraphModule) -> None:
+    """Make every tensor that the graph reads from its module a buffer with a source, in place.
+
+    AOTAutograd fakes parameters and buffers only, and asks a source of each. Prefill with a fresh DynamicCache needs
+    it: it holds `torch.tensor([])`.
+    """
+    for node in gm.graph.find_nodes(op="get_attr"):
+        owner_name, _, leaf = str(node.target).rpartition(".")
+        owner = gm.get_submodule(owner_name)
+        value = getattr(owner, leaf)
+        if isinstance(value, torch.Tensor) and leaf not in owner._parameters and leaf not in owner._buffers:
+            delattr(owner, leaf)
+            owner.register_buffer(leaf, value)
+    if "dynamo_compile_id" not in gm.meta:  # 2.13: only graphs of Dynamo are asked for sources
+        return
+    known: dict[str, Source] = dict(getattr(gm, "_param_name_to_source", None) or {})  # 2.13
+    tensors = [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]
+    gm._param_name_to_source = known | {n: ConstantSource(n) for n, _ in tensors if n not in known}  # type: ignore[assignment]
+
+
+def add_input(gm: fx.GraphModule, name: str, value: torch.Tensor, after: fx.Node | None) -> fx.Node:
+    """A new input behind the placeholder `after` (None: before everything); append `value` to the inputs likewise.
+
+    It is marked static, as weights are: its address stays the same from call to call.
+    """
+    mode = fake_mode_of(gm) or fake_mode_for(())
+    first = next(iter(gm.graph.nodes))
+    with gm.graph.inserting_after(after) if after is not None else gm.graph.inserting_before(first):
+        node = gm.graph.placeholder(name)
+    fake = mode.from_tensor(value.detach(), static_shapes=True)
+    node.meta = {"example_value": fake, "val": fake, "tensor_dict": {"_dynamo_static_input_type": "unguarded"}}  # 2.13
+    node._dynamo_source = None  # type: ignore[attr-defined]  # 2.13: None is "no source", absence is an error
+    return node
+
+
+def is_static_input(placeholder: fx.Node) -> bool:
+    """Whether Dynamo promises that the input keeps its address: parameters, buffers and static caches."""
+    return bool((placeholder.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type"))  # 2.13
+
+
+def fqn_of(gm: fx.GraphModule) -> dict[str, str]:
+    """Placeholder name -> the fully qualified name of the parameter or buffer it is, `model.layers.0.mlp.up.weight`.
+
+    Dynamo's own table, `meta["dynamo_flat_name_to_original_fqn"]`, has keys that are no placeholder's name.
+    """
+    from .provenance import attribute_path
+
+    names = {node.name: source_name(node) for node in gm.graph.find_nodes(op="placeholder")}
+    return {
+        name: attribute_path(source)
+        for name, source in names.items()
+        if "._parameters[" in source or "._buffers[" in source
+    }
+
+
+# ** hand-off **
+
+
+def hand_to_inductor(
+    gm: fx.GraphModule, inputs: Sequence[object], patches: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Compile with inductor, which takes ownership of `gm`. May raise DYNAMO_CONTROL_FLOW."""
+    from torch._inductor.compile_fx import compile_fx  # 2.13
+
+    given: list[Any] = list(inputs)
+    compiled: Any = compile_fx(gm, given, config_patches=dict(patches or {}) or None)
+    return compiled  # type: ignore[no-any-return]
+
+
+def list_mode_options(mode: str | None) -> dict[str, Any]:
+    """The inductor options that a mode of torch.compile stands for. Raises RuntimeError for an unknown mode."""
+    return dict(torch._inductor.list_mode_options(mode)) if mode else {}  # 2.13
+
+
+def random_ops_kept() -> bool:
+    """Whether inductor is asked to draw random numbers as eager does, dead draws included."""
+    from torch._inductor import config  # 2.13
+
+    return bool(config.fallback_random)
+
+
+def emit_trace_artifact(name: str, text: str) -> None:
+    """Add a text to torch's structured trace log (TORCH_TRACE), where `tlparse` shows it."""
+    from torch._logging._internal import trace_structured  # 2.13
+
+    trace_structured(
+        "artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=lambda: text
+    )
+
+
+# ** symbols **
+
+
+def compile_id() -> str:
+    """The compilation that is going on, as in torch's logs: "0/0"; "" outside of one."""
+    current = torch._guards.CompileContext.current_compile_id()  # 2.13
+    return "" if current is None else str(current)
+
+
+def size_hints(graph: fx.Graph) -> dict[sympy.Symbol, int]:
+    """Example values of the symbols in the sizes of a graph."""
+    hints: dict[sympy.Symbol, int] = {}
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        for size in value.shape if isinstance(value, torch.Tensor) else (value,):
+            if isinstance(size, torch.SymInt):
+                known = size.node.shape_env.backed_var_to_val  # 2.13
+                hints.update({s: int(known.get(s, 2)) for s in size.node.expr.free_symbols})
+    return hints

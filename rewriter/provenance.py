@@ -1,0 +1,99 @@
+"""Where a node comes from: the module that ran it and the line of the user's program."""
+
+from __future__ import annotations
+
+import functools
+import re
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import fx
+
+__all__ = ["SourceLine", "attribute_path", "module_path", "source_line", "user_frames"]
+
+
+@dataclass(frozen=True)
+class SourceLine:
+    """One line of a program. `str()` and `short()` give `modeling_llama.py:287`."""
+
+    file: str
+    line: int
+    code: str = ""
+
+    def short(self) -> str:
+        return f"{Path(self.file).name}:{self.line}"
+
+    def __str__(self) -> str:
+        return self.short()
+
+
+# The ways a step to an attribute is written by Dynamo: ._modules['0'], ._parameters['weight'], .layers[3], .attention
+_STEP = re.compile(
+    r"\._(?:modules|parameters|buffers)\['(?P<registered>[^']*)'\]"
+    r"|\.(?P<attribute>[A-Za-z_]\w*)"
+    r"|\[(?:'(?P<key>[^']*)'|(?P<index>-?\d+))\]"
+)
+# What a path starts from: a local, a global, or a cell of a closure
+_ROOT = re.compile(r"^(?P<scope>[LG])\['(?P<name>[^']*)'\]")
+_CELL = re.compile(r"^(?:\.__closure__\[\d+\]\.cell_contents|\.__func__|\.__self__)+")
+
+
+@functools.lru_cache(maxsize=65536)
+def attribute_path(source: str) -> str:
+    """`L['self']._modules['layers']._modules['3']` -> `layers.3`: the path below the root, "" for the root itself."""
+    root = _ROOT.match(source)
+    rest = source[root.end() :] if root else source
+    rest = _CELL.sub("", rest)
+    steps = [next(filter(None, found.groups()), "") for found in _STEP.finditer(rest)]
+    if not root and rest and not rest.startswith((".", "[")):
+        steps.insert(0, re.split(r"[.\[]", rest, maxsplit=1)[0])
+    return ".".join(step for step in steps if step)
+
+
+def module_path(node: fx.Node) -> str:
+    """The module that ran a node, as in `model.get_submodule(...)`; "" when the node has no module.
+
+    The stack's entries are (source, class), outermost first; the innermost one is what ran the node.
+    """
+    stack = node.meta.get("nn_module_stack") or {}
+    for path, _ in reversed(list(stack.values())):
+        # a call from outside every module leaves an entry without a path
+        if isinstance(path, str):
+            return attribute_path(path.split("@")[0])
+    return ""
+
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in [^\n]*(?:\n[ \t]+(?P<code>(?!File ")[^\n]*))?')
+
+
+@functools.cache
+def _library_folders() -> tuple[str, ...]:
+    """Code that is nobody's model. Packages such as transformers count as the user's: models are written there."""
+    own = Path(__file__).resolve().parent
+    folders = [str(Path(torch.__file__).parent), sysconfig.get_paths()["stdlib"]]
+    return (*(f"{folder}/" for folder in folders), *(f"{own.parent / part}/" for part in ("rewriter", "kernels")))
+
+
+def _is_library(file: str) -> bool:
+    if file.startswith("<"):  # generated code
+        return True
+    in_packages = "/site-packages/" in file or "/dist-packages/" in file
+    torch_, stdlib, *own = _library_folders()
+    return file.startswith((torch_, *own)) or (file.startswith(stdlib) and not in_packages)
+
+
+@functools.lru_cache(maxsize=65536)
+def user_frames(stack_trace: str) -> tuple[SourceLine, ...]:
+    """The frames of a stack trace outside torch, the standard library and this package, outermost first."""
+    found = (
+        SourceLine(m["file"], int(m["line"]), (m["code"] or "").strip()) for m in _FRAME.finditer(stack_trace)
+    )
+    return tuple(frame for frame in found if not _is_library(frame.file))
+
+
+def source_line(node: fx.Node) -> SourceLine | None:
+    """The innermost line of the user's program that made a node, or None when it is not known."""
+    frames = user_frames(node.meta.get("stack_trace") or "")
+    return frames[-1] if frames else None

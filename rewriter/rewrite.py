@@ -1,0 +1,153 @@
+"""Judging and rewriting: every rule looks at every site, and what matches and pays is built, certified, and put in.
+
+Rules run in their registered order. What a rule leaves behind is recognised again before the next rule looks, so rules
+compose without knowing one another; a rule that finds its site gone is told which one took it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import sympy
+from torch import fx
+
+from .certify import Certificate, certify
+from .emit import Emitter
+from .mutations import Mutations
+from .options import Options
+from .provenance import source_line
+from .recognise import recognise_at
+from .registry import RewriteEntry, rewrites
+from .rules import Match, Refusal, Rewrite, Verdict
+from .sites import AttentionSite
+from .structure import signature
+
+log = logging.getLogger(__name__)
+
+
+class RewriteFailed(RuntimeError):
+    """A rule raised, or its certificate did not hold, and `strict` is set."""
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """The verdict of every rule at every site, and the certificates by signature."""
+
+    verdicts: tuple[Verdict, ...]
+    certificates: Mapping[str, Certificate]
+
+
+def rewrite_graph(
+    graph: fx.Graph, sites: Sequence[AttentionSite], options: Options, hints: Mapping[sympy.Symbol, int]
+) -> Rewritten:
+    """Apply the rules that `options` allow, in place."""
+    run = _Run(graph, list(sites), options, hints)
+    for entry in rewrites():
+        if options.rewrites is not None and entry.name not in options.rewrites:
+            run.all(entry, "off", "not among the rewrites asked for")
+        elif options.rewrites is None and not entry.exact:
+            run.all(entry, "off", "it is lossy and was not asked for")
+        else:
+            for index in range(len(sites)):
+                run.one(entry, index)
+    return Rewritten(tuple(run.verdicts), run.certificates)
+
+
+class _Run:
+    """The state of one graph's rewriting."""
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        sites: list[AttentionSite],
+        options: Options,
+        hints: Mapping[sympy.Symbol, int],
+    ) -> None:
+        self.graph, self.options, self.hints = graph, options, hints
+        self.current: list[AttentionSite | None] = list(sites)
+        self.taken_by: dict[int, str] = {}
+        self.mutations = Mutations.of(graph)
+        self.verdicts: list[Verdict] = []
+        self.certificates: dict[str, Certificate] = {}
+
+    def all(self, entry: RewriteEntry, outcome: str, reason: str) -> None:
+        for index in range(len(self.current)):
+            self.verdicts.append(Verdict(index, entry.name, outcome, reason))  # type: ignore[arg-type]
+
+    def one(self, entry: RewriteEntry, index: int) -> None:
+        """Judge and, if it matches, apply one rule at one site."""
+        site = self.current[index]
+        if site is None:
+            taken = self.taken_by[index]
+            self.verdicts.append(Verdict(index, entry.name, "refused", f"{taken} took the site"))
+            return
+        verdict = Verdict(index, entry.name, "refused", line=str(source_line(site.anchor) or ""))
+        try:
+            verdict = self._judge(entry, entry.rule(), site, index, verdict)
+        except Exception as error:
+            if self.options.strict:
+                raise RewriteFailed(f"{entry.name} at {verdict.line}: {type(error).__name__}: {error}") from error
+            log.warning("rewrite %s failed at %s: %s: %s", entry.name, verdict.line, type(error).__name__, error)
+            verdict = replace(verdict, outcome="failed", reason=f"{type(error).__name__}: {error}")
+        self.verdicts.append(verdict)
+
+    def _judge(
+        self, entry: RewriteEntry, rule: Rewrite, site: AttentionSite, index: int, verdict: Verdict
+    ) -> Verdict:
+        answer = rule.match(site)
+        if isinstance(answer, Refusal):
+            return self._refuse(verdict, answer)
+        if not rule.benefit(answer).pays(self.hints):
+            return replace(verdict, outcome="not paying", reason="as many bytes move as before")
+        if (moved := self._written_between(site)) is not None:
+            return self._refuse(verdict, Refusal("a tensor it reads is written in between", moved))
+        emit = Emitter.at(site, entry.name)
+        try:
+            new = rule.build(answer, emit)
+            certificate = self._certify(entry, answer, new, emit)
+        except Exception:
+            emit.discard()
+            raise
+        if certificate is not None and not certificate.holds:
+            emit.discard()
+            reason = f"its certificate does not hold: relative error {certificate.error:.1e} {certificate.note}".strip()
+            if self.options.strict:
+                raise RewriteFailed(f"{entry.name} at {verdict.line}: {reason}")
+            log.warning("rewrite %s undone at %s: %s", entry.name, verdict.line, reason)
+            return replace(verdict, outcome="undone", reason=reason, error=certificate.error)
+        site.output.replace_all_uses_with(new, propagate_meta=False)
+        self._recognise_again(entry, index, emit)
+        return replace(verdict, outcome="applied", error=certificate.error if certificate else None)
+
+    def _refuse(self, verdict: Verdict, refusal: Refusal) -> Verdict:
+        line = source_line(refusal.node) if refusal.node is not None else None
+        return replace(verdict, outcome="refused", reason=refusal.reason, line=str(line or verdict.line))
+
+    def _certify(self, entry: RewriteEntry, match: Match, new: fx.Node, emit: Emitter) -> Certificate | None:
+        if self.options.verify == "off" or not entry.exact:
+            return None
+        key = entry.name + signature((*match.site.region, *emit.nodes), match.evaluate)
+        if key not in self.certificates or self.options.verify == "full":
+            self.certificates[key] = certify(match.site.output, new, emit.nodes, match.evaluate)
+        return self.certificates[key]
+
+    def _written_between(self, site: AttentionSite) -> fx.Node | None:
+        """A write to what the site reads, after it is first read and before the output."""
+        operands = [term.query for term in site.terms] + [term.key for term in site.terms] + [site.value]
+        for operand in operands:
+            first_read = operand.chain[-2][0] if len(operand.chain) > 1 else site.region[0]
+            write = self.mutations.write_between(operand.root, first_read, site.output)
+            if write is not None:
+                return write
+        return None
+
+    def _recognise_again(self, entry: RewriteEntry, index: int, emit: Emitter) -> None:
+        for node in emit.nodes:
+            found = recognise_at(node)
+            if isinstance(found, AttentionSite):
+                self.current[index] = found
+                return
+        self.current[index] = None
+        self.taken_by[index] = entry.name

@@ -1,0 +1,88 @@
+"""The vocabulary of a rewrite: what a rule answers, and what became of the answer.
+
+    class MyRewrite:                                    registered with @latent.rewrite("my_rewrite", exact=True)
+        '''The equation, in one line.'''
+        def match(self, site) -> Match | Refusal        read-only; a refusal gives its reason
+        def benefit(self, match) -> Benefit             bytes and operations before and after
+        def build(self, match, emit) -> fx.Node         new nodes for `site.output`; never edits in place
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import sympy
+from torch import fx
+
+from .emit import Emitter
+from .sites import AttentionSite
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """No, with the reason in words and the node it is about."""
+
+    reason: str
+    node: fx.Node | None = None
+
+
+@dataclass(frozen=True)
+class Match:
+    """Yes: the site, and what `build` wants to know about it.
+
+    `evaluate` names nodes whose values the rewrite relies on (a proven mask): the certificate computes them from the
+    graph's inputs, where it feeds random tensors for everything else.
+    """
+
+    site: AttentionSite
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    evaluate: tuple[fx.Node, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Floating point operations and bytes moved, as numbers or expressions in the symbolic sizes."""
+
+    flops: sympy.Expr
+    bytes: sympy.Expr
+
+
+@dataclass(frozen=True)
+class Benefit:
+    before: Cost
+    after: Cost
+
+    def pays(self, hints: Mapping[sympy.Symbol, int]) -> bool:
+        """Whether fewer bytes move at the example sizes; equal bytes count when fewer operations are done."""
+
+        def value(expr: sympy.Expr) -> float:
+            return float(sympy.sympify(expr).subs(hints))
+
+        before, after = value(self.before.bytes), value(self.after.bytes)
+        return after < before or (after == before and value(self.after.flops) <= value(self.before.flops))
+
+
+class Rewrite(Protocol):
+    def match(self, site: AttentionSite) -> Match | Refusal: ...
+
+    def benefit(self, match: Match) -> Benefit: ...
+
+    def build(self, match: Match, emit: Emitter) -> fx.Node: ...
+
+
+Outcome = Literal["applied", "refused", "not paying", "undone", "failed", "off"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one rewrite at one site."""
+
+    site: int
+    rewrite: str
+    outcome: Outcome
+    reason: str = ""
+    line: str = ""
+    error: float | None = None
+    """Largest relative error of the certificate, where one was made."""

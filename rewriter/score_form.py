@@ -1,0 +1,105 @@
+"""The steps from q·k to the softmax, in the one order that a fused attention computes them: scale, soft cap, masks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from .axes import AxisSpace
+from .layouts import is_tensor
+from .sites import AttentionSite, Bias, Cast, Fill, Scale, ScoreStep, Sink, Tanh
+
+HIDES = -1e8
+"""Fills below this vanish beside any score, in a row that is hidden altogether too: x + fill rounds to fill."""
+
+
+@dataclass(frozen=True)
+class ScoreForm:
+    """softmax( masks( cap · tanh(scale · q·k / cap) ) ), with tensors that scale the query or the key."""
+
+    scale: float = 1.0
+    scale_by: tuple[Scale, ...] = ()
+    cap: float | None = None
+    masks: tuple[Bias | Fill | Scale, ...] = ()
+    """Biases and fills in order; a scale among them multiplies the biases before it."""
+
+    sinks: tuple[Sink, ...] = ()
+
+
+@dataclass(frozen=True)
+class Unusual:
+    """Steps that are no such form: the reason and the node."""
+
+    reason: str
+    node: fx.Node
+
+
+def score_form(site: AttentionSite) -> ScoreForm | Unusual:
+    """The steps of a site in normal order, or what is unusual about them."""
+    scale, cap = 1.0, None
+    scale_by: list[Scale] = []
+    masks: list[Bias | Fill | Scale] = []
+    sinks: list[Sink] = []
+    capped = False
+    for position, step in enumerate(site.steps):
+        match step:
+            case Cast():
+                continue
+            case Scale(by=None):
+                if capped:
+                    cap = (cap or 1.0) * step.factor
+                else:
+                    scale *= step.factor
+                if masks:
+                    masks.append(step)
+            case Scale():
+                if capped:
+                    return Unusual("a soft cap is scaled by a tensor", step.node)
+                if reason := _not_separable(step, site):
+                    return Unusual(reason, step.node)
+                scale_by.append(step)
+                if masks:
+                    masks.append(step)
+            case Tanh():
+                if capped or masks or sinks:
+                    return Unusual("tanh is applied to masked scores", step.node)
+                capped, cap = True, 1.0
+            case Bias() if _ignored(step, site, site.steps[position + 1 :]):
+                continue
+            case Bias() | Fill():
+                if sinks:
+                    return Unusual("the scores are masked after a sink was appended", step.node)
+                masks.append(step)
+            case Sink():
+                sinks.append(step)
+            case _:
+                return Unusual(f"{step.node.target} is no step of a fused attention", step.node)
+    if capped and cap is not None:
+        scale *= cap  # tanh(a x) b = cap tanh(scale x / cap), cap = b, scale = a b
+    return ScoreForm(scale, tuple(scale_by), cap, tuple(masks), tuple(sinks))
+
+
+def _ignored(step: Bias, site: AttentionSite, later: tuple[ScoreStep, ...]) -> bool:
+    """Softmax ignores what is added to every key alike, such as a subtracted maximum."""
+    if not all(isinstance(s, Bias | Cast) or (isinstance(s, Fill) and s.value <= HIDES) for s in later):
+        return False
+    return not site.space.axes(step.layout) & set(site.axes.keys)
+
+
+def _not_separable(step: Scale, site: AttentionSite) -> str | None:
+    assert step.by is not None
+    if not is_tensor(step.by):
+        return None
+    space = site.space
+    axes = space.axes(step.layout)
+    if not axes & set(site.axes.keys):
+        return None
+    if axes & set(site.axes.queries) or not axes <= space.axes(site.key.layout):
+        return "the scores are multiplied by a tensor that varies over queries and keys"
+    return None
+
+
+def key_scaling(step: Scale, site: AttentionSite, space: AxisSpace) -> bool:
+    """Whether a tensor scale belongs to the key."""
+    return bool(space.axes(step.layout) & set(site.axes.keys))
