@@ -19,11 +19,13 @@ from .compat import (
     OpOverload,
     adopt_constants,
     autocast_switch,
+    checkpoint_body,
     copy_module_facts,
     copy_placeholder_facts,
     fake_mode_for,
     fake_mode_of,
     inference_switch,
+    set_checkpoint_policy,
     trace_pre_dispatch,
 )
 
@@ -122,6 +124,10 @@ class _Tracer(fx.Interpreter):
             return self._autocast(entering, args)
         if (entering := inference_switch(target)) is not None:
             return self._inference(entering, args)
+        if args and (body := checkpoint_body(target, args[0])) is not None:
+            mine = untouched_copy(body)
+            set_checkpoint_policy(mine)
+            args = (mine, *args[1:])
         return super().call_function(target, args, kwargs)
 
     @staticmethod
@@ -130,7 +136,8 @@ class _Tracer(fx.Interpreter):
         # The context manager is recorded as the same node, and runs.
         if entering:
             device, dtype, enabled, cache = args
-            return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache).__enter__()
+            region: Any = torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache)
+            return region.__enter__()
         return args[0].__exit__(None, None, None)
 
     def _inference(self, entering: bool, args: tuple[Any, ...]) -> Any:
@@ -160,24 +167,23 @@ def _carry_facts(gm: fx.GraphModule, new: fx.GraphModule, placeholders: Sequence
         copy_placeholder_facts(old, mine)
     copy_module_facts(gm, new)
     adopt_constants(new)
-    for key in PROVENANCE:
-        _inherit(new.graph, key)
+    _inherit_provenance(new.graph)
     new.recompile()
 
 
-def _inherit(graph: fx.Graph, key: str) -> None:
-    """Give calls without `meta[key]` that of the nearest producer which has one, or else of the nearest consumer."""
+def _inherit_provenance(graph: fx.Graph) -> None:
+    """Calls that lost their origin take it from the nearest producer that has one, consumer, or later node.
+
+    Dynamo gives every call a stack trace; one without has lost it. One with a trace and no module stack ran in the
+    forward of the compiled module itself, which is no entry of the stack.
+    """
     nodes = [node for node in graph.nodes if node.op.startswith("call")]
-    for node in nodes:
-        givers = sorted(node.all_input_nodes, reverse=True)
-        _take(node, key, (n for n in givers if n.op.startswith("call")))
-    for node in reversed(nodes):
-        _take(node, key, iter(sorted(node.users)))
-
-
-def _take(node: fx.Node, key: str, givers: Any) -> None:
-    if not node.meta.get(key) and (found := next((g.meta[key] for g in givers if g.meta.get(key)), None)):
-        node.meta[key] = found
+    known = {node for node in nodes if node.meta.get("stack_trace")}
+    for position, node in enumerate(nodes):
+        if node not in known:
+            near = (*sorted(node.all_input_nodes, reverse=True), *sorted(node.users), *nodes[position:])
+            giver = next((other for other in near if other in known), None)
+            node.meta.update({key: giver.meta[key] for key in PROVENANCE if key in giver.meta} if giver else {})
 
 
 def _check_same_interface(gm: fx.GraphModule, new: fx.GraphModule) -> None:

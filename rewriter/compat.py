@@ -7,6 +7,7 @@ release it was last seen in, so that a break points at the line to change.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ __all__ = [
     "add_input",
     "adopt_constants",
     "autocast_switch",
+    "checkpoint_body",
     "compile_id",
     "copy_module_facts",
     "copy_placeholder_facts",
@@ -42,6 +44,7 @@ __all__ = [
     "is_static_input",
     "list_mode_options",
     "random_ops_kept",
+    "set_checkpoint_policy",
     "size_hints",
     "source_name",
     "statically_known_true",
@@ -149,6 +152,25 @@ def autocast_switch(target: object) -> bool | None:
     return False if target is torch.amp.autocast_mode._exit_autocast else None  # 2.13
 
 
+def checkpoint_body(target: object, body: object) -> fx.GraphModule | None:
+    """The graph of an activation checkpoint when it lacks the policy that a second trace asks it for, else None."""
+    if target is not torch.ops.higher_order.tag_activation_checkpoint or not isinstance(body, fx.GraphModule):
+        return None
+    return None if _CHECKPOINT_POLICY in body.meta else body
+
+
+def set_checkpoint_policy(body: fx.GraphModule) -> None:
+    """Note on the graph of an activation checkpoint what torch does without a note: recompute everything."""
+    from torch._higher_order_ops.wrap import _always_prefer_recompute  # 2.13
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, _always_prefer_recompute)
+    body.meta[_CHECKPOINT_POLICY] = contexts
+
+
+_CHECKPOINT_POLICY = "_checkpoint_context_fn"  # 2.13
+
+
 def inference_switch(target: object) -> bool | None:
     """True for the node target that enters inference mode, False for the one that leaves it, else None."""
     if target is torch.autograd.grad_mode._enter_inference_mode:  # 2.13
@@ -167,9 +189,11 @@ def source_name(placeholder: fx.Node) -> str:
 
 def copy_placeholder_facts(old: fx.Node, new: fx.Node) -> None:
     """Meta and source of an input, without "grapharg", through which Dynamo would find its own node again."""
+    new._rename(old.name)  # 2.13: the tracer calls every input arg0_1
+    new.target = new.name
     traced = {key: new.meta[key] for key in ("val", "tensor_meta") if key in new.meta}
     new.meta.update({key: value for key, value in old.meta.items() if key != "grapharg"} | traced)
-    new._dynamo_source = getattr(old, "_dynamo_source", None)  # type: ignore[attr-defined]  # 2.13: AOTAutograd asserts it
+    new._dynamo_source = getattr(old, "_dynamo_source", None)  # 2.13: AOTAutograd asserts it
 
 
 def copy_module_facts(old: fx.GraphModule, new: fx.GraphModule) -> None:
@@ -197,7 +221,7 @@ def adopt_constants(gm: fx.GraphModule) -> None:
         return
     known: dict[str, Source] = dict(getattr(gm, "_param_name_to_source", None) or {})  # 2.13
     tensors = [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]
-    gm._param_name_to_source = known | {n: ConstantSource(n) for n, _ in tensors if n not in known}  # type: ignore[assignment]
+    gm._param_name_to_source = known | {n: ConstantSource(n) for n, _ in tensors if n not in known}
 
 
 def add_input(gm: fx.GraphModule, name: str, value: torch.Tensor, after: fx.Node | None) -> fx.Node:
@@ -211,7 +235,7 @@ def add_input(gm: fx.GraphModule, name: str, value: torch.Tensor, after: fx.Node
         node = gm.graph.placeholder(name)
     fake = mode.from_tensor(value.detach(), static_shapes=True)
     node.meta = {"example_value": fake, "val": fake, "tensor_dict": {"_dynamo_static_input_type": "unguarded"}}  # 2.13
-    node._dynamo_source = None  # type: ignore[attr-defined]  # 2.13: None is "no source", absence is an error
+    node._dynamo_source = None  # 2.13: None is "no source", absence is an error
     return node
 
 

@@ -29,10 +29,10 @@ class SourceLine:
         return self.short()
 
 
-# The ways a step to an attribute is written by Dynamo: ._modules['0'], ._parameters['weight'], .layers[3], .attention
+# The ways Dynamo writes a step: ._modules['0'], ._parameters['weight'], .attention, .3 (in module stacks), [3]
 _STEP = re.compile(
     r"\._(?:modules|parameters|buffers)\['(?P<registered>[^']*)'\]"
-    r"|\.(?P<attribute>[A-Za-z_]\w*)"
+    r"|\.(?P<attribute>[^.\[\]]+)"
     r"|\[(?:'(?P<key>[^']*)'|(?P<index>-?\d+))\]"
 )
 # What a path starts from: a local, a global, or a cell of a closure
@@ -68,20 +68,22 @@ def module_path(node: fx.Node) -> str:
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in [^\n]*(?:\n[ \t]+(?P<code>(?!File ")[^\n]*))?')
 
 
+# Of transformers, the models are a user's program, and what they call (caches, masks, attention functions) is not.
+_INFRASTRUCTURE = re.compile(r"/transformers/(?!models/)")
+
+
 @functools.cache
 def _library_folders() -> tuple[str, ...]:
-    """Code that is nobody's model. Packages such as transformers count as the user's: models are written there."""
     own = Path(__file__).resolve().parent
-    folders = [str(Path(torch.__file__).parent), sysconfig.get_paths()["stdlib"]]
-    return (*(f"{folder}/" for folder in folders), *(f"{own.parent / part}/" for part in ("rewriter", "kernels")))
+    return (f"{Path(torch.__file__).parent}/", f"{own}/", f"{own.parent / 'kernels'}/")
 
 
 def _is_library(file: str) -> bool:
-    if file.startswith("<"):  # generated code
+    """Code that is nobody's model: torch, the standard library, this package, generated code."""
+    if file.startswith(("<", *_library_folders())):
         return True
     in_packages = "/site-packages/" in file or "/dist-packages/" in file
-    torch_, stdlib, *own = _library_folders()
-    return file.startswith((torch_, *own)) or (file.startswith(stdlib) and not in_packages)
+    return not in_packages and file.startswith(f"{sysconfig.get_paths()['stdlib']}/")
 
 
 @functools.lru_cache(maxsize=65536)
@@ -96,4 +98,5 @@ def user_frames(stack_trace: str) -> tuple[SourceLine, ...]:
 def source_line(node: fx.Node) -> SourceLine | None:
     """The innermost line of the user's program that made a node, or None when it is not known."""
     frames = user_frames(node.meta.get("stack_trace") or "")
-    return frames[-1] if frames else None
+    models = [frame for frame in frames if not _INFRASTRUCTURE.search(frame.file)]
+    return next(reversed(models or frames), None)
