@@ -20,7 +20,7 @@ from ..rewriter.canonical import (
 from ..rewriter.emit import Emitter
 from ..rewriter.rules import Benefit, Cost, Match, Refusal
 from ..rewriter.score_form import Unusual, score_form
-from ..rewriter.sites import AttentionSite, Cast, Changed, Dropout, Gate
+from ..rewriter.sites import AttentionSite, Cast, Dropout, Gate, Inexact
 
 
 @rewrite("fuse_attention", exact=True)
@@ -34,7 +34,7 @@ class FuseAttention:
             reader = site.weight_readers[0]
             return Refusal("the attention weights are read by something else too", reader)
         for step in site.weight_steps:
-            if isinstance(step, Changed):
+            if isinstance(step, Inexact):
                 return Refusal(step.reason, step.node)
             if isinstance(step, Gate):
                 return Refusal("the attention weights are multiplied by a tensor after the softmax", step.node)

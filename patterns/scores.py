@@ -11,9 +11,10 @@ import math
 import torch
 from torch import fx
 
-from ..rewriter.layouts import is_cast, is_tensor
+from ..rewriter.layouts import is_cast, is_tensor, shape_of
 from ..rewriter.registry import pattern
 from ..rewriter.scalars import read_scalar
+from ..rewriter.score_form import HIDES
 from ..rewriter.sites import (
     Bias,
     Cast,
@@ -22,6 +23,7 @@ from ..rewriter.sites import (
     Fill,
     Gate,
     NanToZero,
+    Rehidden,
     Scale,
     ScoreStep,
     Sink,
@@ -81,8 +83,8 @@ def soft_cap(node: fx.Node, scores: fx.Node) -> ScoreStep | None:
 
 
 @pattern("score_step")
-def bias(node: fx.Node, scores: fx.Node) -> ScoreStep | None:
-    """scores + bias, bias + scores, scores - shift."""
+def bias(node: fx.Node, scores: fx.Node) -> ScoreStep | tuple[ScoreStep, ...] | None:
+    """scores + bias, bias + scores, scores - shift, shift - scores."""
     if node.target not in _ADD | _SUB:
         return None
     other = _other(node, scores)
@@ -93,7 +95,9 @@ def bias(node: fx.Node, scores: fx.Node) -> ScoreStep | None:
         return None
     carried_first = node.args[0] is scores
     if node.target in _SUB and (not carried_first or node.target is aten.rsub.Scalar):
-        return None
+        number = read_scalar(other)
+        rest = Bias(node, number if number is not None else other)  # type: ignore[arg-type]
+        return (Scale(node, factor=-1.0), rest) if alpha == 1.0 else None
     if not carried_first and alpha != 1.0:
         return None
     factor = -alpha if node.target in _SUB else alpha
@@ -146,7 +150,51 @@ def sink(node: fx.Node, scores: fx.Node) -> ScoreStep | None:
     others = [part for part in parts if part is not scores]  # type: ignore[union-attr]
     if len(others) != 1 or len(parts) != 2:  # type: ignore[arg-type]
         return None
-    return Sink(node, others[0])
+    rank = len(shape_of(scores))
+    dim = int(node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % rank  # type: ignore[arg-type]
+    return Sink(node, others[0], dim, others[0] is parts[0], shape_of(others[0])[dim])  # type: ignore[index]
+
+
+@pattern("score_step")
+def padded_sink(node: fx.Node, scores: fx.Node) -> ScoreStep | None:
+    """pad(scores, (1, 0), value): a column of one number."""
+    if node.target not in (aten.pad.default, aten.constant_pad_nd.default):
+        return None
+    widths = list(node.args[1])  # type: ignore[arg-type]
+    mode = node.args[2] if node.target is aten.pad.default and len(node.args) > 2 else "constant"
+    value = read_scalar(node.args[-1] if isinstance(node.args[-1], int | float) else node.kwargs.get("value") or 0.0)
+    padded = [i for i, width in enumerate(widths) if width != 0]
+    if mode != "constant" or value is None or len(padded) != 1 or not isinstance(widths[padded[0]], int):
+        return None
+    if widths[padded[0]] < 0:
+        return None
+    dim = len(shape_of(scores)) - 1 - padded[0] // 2
+    return Sink(node, value, dim, padded[0] % 2 == 0, widths[padded[0]])
+
+
+@pattern("score_step")
+def floor(node: fx.Node, scores: fx.Node) -> ScoreStep | None:
+    """max(scores, the lowest number): changes only rows that are hidden altogether."""
+    if node.target not in (aten.maximum.default, aten.max.other, aten.clamp.default, aten.clamp_min.default):
+        return None
+    if node.target is aten.clamp.default and len(node.args) > 2:
+        return None
+    bound = read_fill(_other(node, scores) if len(node.args) > 1 else node.kwargs.get("min"))
+    return Bias(node, 0.0) if bound is not None and bound <= HIDES else None
+
+
+@pattern("score_step")
+def assigned(node: fx.Node, scores: fx.Node) -> ScoreStep | None:
+    """scores[.., mask] = c with one boolean mask over the last dimensions."""
+    if node.target not in (aten.index_put_.default, aten.index_put.default) or node.args[0] is not scores:
+        return None
+    indices, value = node.args[1], read_fill(node.args[2])
+    mask = indices[-1] if indices else None  # type: ignore[index]
+    if value is None or not _boolean(mask) or any(index is not None for index in indices[:-1]):  # type: ignore[index]
+        return None
+    if len(indices) - 1 + len(shape_of(mask)) != len(shape_of(scores)):  # type: ignore[arg-type]
+        return None
+    return Fill(node, mask, False, value)  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------ after the softmax
@@ -190,9 +238,10 @@ def gate(node: fx.Node, weights: fx.Node) -> WeightStep | None:
 def changed(node: fx.Node, weights: fx.Node) -> WeightStep | None:
     """Elementwise changes that plain attention does not express; the site is still attention, of changed weights."""
     if node.target in _FILL and node.args[0] is weights:
-        return Changed(node, "the weights are masked after the softmax")
-    if node.target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf):
-        return Changed(node, "the weights are masked after the softmax")
+        return Rehidden(node, node.args[1], True, read_scalar(node.args[2]))  # type: ignore[arg-type]
+    if node.target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf) and _boolean(node.args[0]):
+        kept = node.args[1] is weights
+        return Rehidden(node, node.args[0], not kept, read_fill(node.args[2 if kept else 1]))  # type: ignore[arg-type]
     if node.target in _ADD | _SUB and node.args[0] is weights:
         return Changed(node, "something is added to the weights")
     if node.target in _DIV and node.args[0] is weights:

@@ -5,6 +5,7 @@
     (e @ v) / sum(e)                  normalised after the value product
     exp(x - logsumexp(x))             through the log-sum-exp
     exp(log_softmax(x))
+    exp2(x) / sum(exp2(x))            powers of two: the scores times log 2
     e / (1 + sum(e))                  "off by one": a sink of score 0
 
 A subtracted maximum is left among the score steps: it is a bias without the key axis, which softmax ignores.
@@ -12,23 +13,29 @@ A subtracted maximum is left among the score steps: it is a bias without the key
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
 import torch
 from torch import fx
 
-from ..rewriter.layouts import is_tensor, layout_step, shape_of
+from ..rewriter.axes import AxisSpace
+from ..rewriter.layouts import is_cast, is_tensor, layout_step, shape_of
 from ..rewriter.registry import pattern
 from ..rewriter.scalars import read_scalar
 from ..rewriter.sites import SoftmaxSpelling
+from ..rewriter.totals import broadcasts, layout_of_total
 
 aten = torch.ops.aten
 
-_LIBRARY = {
-    aten.softmax.int,
-    aten._softmax.default,
-    aten._safe_softmax.default,
-}
-_SUMS = {aten.sum.dim_IntList}
-_DIVISIONS = {aten.div.Tensor, aten.true_divide.Tensor, aten.div_.Tensor}
+_LIBRARY = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default, aten.special_softmax.default}
+_EXPONENTIALS = {aten.exp.default: 1.0, aten.exp_.default: 1.0, aten.exp2.default: math.log(2), aten.exp2_.default: math.log(2)}
+_ADD = {aten.add.Tensor, aten.add.Scalar, aten.add_.Tensor}
+_SUB = {aten.sub.Tensor, aten.sub_.Tensor}
+_DIV = {aten.div.Tensor, aten.true_divide.Tensor, aten.div_.Tensor}
+_MUL = {aten.mul.Tensor, aten.mul_.Tensor}
+_FLOORS = {aten.clamp_min.default, aten.clamp.default, aten.maximum.default}
 
 
 def _dim(node: fx.Node, position: int = 1) -> int | None:
@@ -59,9 +66,7 @@ def library_softmax(node: fx.Node) -> SoftmaxSpelling | None:
 @pattern("softmax")
 def exponential_of_log_softmax(node: fx.Node) -> SoftmaxSpelling | None:
     """exp(log_softmax(x))."""
-    if node.target is not aten.exp.default:
-        return None
-    inner = node.args[0]
+    inner = node.args[0] if node.target is aten.exp.default else None
     if not isinstance(inner, fx.Node) or inner.target not in (aten.log_softmax.int, aten._log_softmax.default):
         return None
     dim = _dim(inner)
@@ -71,64 +76,129 @@ def exponential_of_log_softmax(node: fx.Node) -> SoftmaxSpelling | None:
 @pattern("softmax")
 def exponential_of_shifted(node: fx.Node) -> SoftmaxSpelling | None:
     """exp(x - logsumexp(x, keepdim))."""
-    if node.target is not aten.exp.default:
+    inner = node.args[0] if node.target is aten.exp.default else None
+    if not isinstance(inner, fx.Node) or inner.target not in _SUB:
         return None
-    inner = node.args[0]
-    if not isinstance(inner, fx.Node) or inner.target not in (aten.sub.Tensor, aten.sub_.Tensor):
-        return None
-    scores, total = inner.args[:2]
-    total = _without_unsqueeze(total)
-    if not isinstance(total, fx.Node) or total.target is not aten.logsumexp.default or total.args[0] is not scores:
-        return None
-    dim = _dim(total)
-    return None if dim is None else SoftmaxSpelling(node, scores, dim, node)  # type: ignore[arg-type]
+    scores, shift = inner.args[:2]
+    for total in _upwards(shift):
+        if total.target is aten.logsumexp.default and total.args[0] is scores and (dim := _dim(total)) is not None:
+            return SoftmaxSpelling(node, scores, dim, node) if _lines_up(total, shift, scores, dim) else None  # type: ignore[arg-type]
+    return None
 
 
 @pattern("softmax")
 def exponentials_over_their_sum(node: fx.Node) -> SoftmaxSpelling | None:
     """e / sum(e), at once or after the value product; `node` is e."""
-    if node.target not in (aten.exp.default, aten.exp_.default) or not is_tensor(node):
+    base = _EXPONENTIALS.get(node.target)  # type: ignore[arg-type]
+    if base is None or not is_tensor(node) or not isinstance(node.args[0], fx.Node):
         return None
-    for total in node.users:
-        if total.target not in _SUMS or total.args[0] is not node or (dim := _dim(total)) is None:
-            continue
-        for divisor, sink in _divisors(total, node):
-            quotients = [user for user in divisor.users if _divides(user, divisor)]
-            scores = node.args[0]
-            if sink is not None and _is_shifted(scores, dim):
-                continue  # 1 + sum(exp(x - max)) is not a sink of score 0
-            for quotient in quotients:
-                if quotient.args[0] is node:
-                    return SoftmaxSpelling(node, scores, dim, quotient, sink=sink)  # type: ignore[arg-type]
-            if quotients and sink is None:
-                return SoftmaxSpelling(node, scores, dim, node, divided_later=divisor)  # type: ignore[arg-type]
-    return None
+    later: SoftmaxSpelling | None = None
+    for total, dim in _totals(node):
+        for divisor in _divisors(total, node.args[0]):
+            found = SoftmaxSpelling(
+                node, node.args[0], dim, node, sink=divisor.sink, base=base, inexact=divisor.inexact
+            )
+            for quotient, numerator in _quotients(divisor.node):
+                if node in _upwards(numerator, casts=True) and shape_of(numerator) == shape_of(node):
+                    if _lines_up(total, divisor.node, node, dim):
+                        return replace(found, weights=quotient)
+                elif divisor.sink is None:
+                    later = replace(found, divided_later=divisor.node, total=total)
+    return later
 
 
-def _divisors(total: fx.Node, exponentials: fx.Node) -> list[tuple[fx.Node, float | None]]:
-    """`total` and what layout operations or `1 +` make of it, with the sink's score where there is one."""
-    found: list[tuple[fx.Node, float | None]] = [(total, None)]
-    for divisor, sink in found:
-        for user in divisor.users:
+def _totals(exponentials: fx.Node) -> Iterator[tuple[fx.Node, int]]:
+    """Sums of the exponentials over one dimension."""
+    for user in exponentials.users:
+        dim: int | None = None
+        if user.target is aten.sum.dim_IntList:
+            dim = _dim(user)
+        elif user.target is aten.linalg_vector_norm.default and user.args[1] == 1:  # F.normalize(p=1) of positives
+            dim = _dim(user, 2)
+        elif user.target is aten.einsum.default and len(user.args[1]) == 1:  # type: ignore[arg-type]
+            dim = _einsum_dim(str(user.args[0]))
+        if dim is not None:
+            yield user, dim
+
+
+def _einsum_dim(equation: str) -> int | None:
+    """The dimension that "bhqk->bhq" sums over, when the others keep their order."""
+    term, _, output = equation.replace(" ", "").partition("->")
+    gone = [i for i, letter in enumerate(term) if letter not in output]
+    return gone[0] if len(gone) == 1 and term.replace(term[gone[0]], "") == output else None
+
+
+@dataclass(frozen=True)
+class _Divisor:
+    node: fx.Node
+    sink: float | None = None
+    inexact: str | None = None
+
+
+def _divisors(total: fx.Node, scores: fx.Node) -> Iterator[_Divisor]:
+    """The row sums and what layout operations, `1 +` or a floor make of them."""
+    pending = [_Divisor(total)]
+    while pending:
+        divisor = pending.pop(0)
+        yield divisor
+        for user in divisor.node.users:
             step = layout_step(user)
-            if step is not None and step.source is divisor:
-                found.append((user, sink))
-            elif user.target in (aten.add.Tensor, aten.add.Scalar, aten.add_.Tensor) and sink is None:
-                other = user.args[1] if user.args[0] is divisor else user.args[0]
-                if read_scalar(other) == 1.0:
-                    found.append((user, 0.0))
-    return found
+            if (step is not None and step.source is divisor.node) or is_cast(user):
+                pending.append(replace(divisor, node=user))
+            elif user.target in _ADD and divisor.sink is None:
+                other = user.args[1] if user.args[0] is divisor.node else user.args[0]
+                if _is_score_zero(other, scores):
+                    pending.append(replace(divisor, node=user, sink=0.0))
+                elif read_scalar(other) is not None:
+                    reason = f"{read_scalar(other):g} is added to the row sums"
+                    pending.append(replace(divisor, node=user, inexact=reason))
+            elif user.target in _FLOORS and len(user.args) > 1 and read_scalar(user.args[1]) is not None:
+                pending.append(replace(divisor, node=user, inexact="the row sums are bounded from below"))
 
 
-def _divides(user: fx.Node, divisor: fx.Node) -> bool:
-    return user.target in _DIVISIONS and user.args[1] is divisor
+def _is_score_zero(value: object, scores: fx.Node) -> bool:
+    """exp(0 - shift): 1 for unshifted scores, exp(-m) for scores x - m."""
+    if scores.target not in _SUB:
+        return read_scalar(value) == 1.0
+    if not isinstance(value, fx.Node) or value.target is not aten.exp.default:
+        return False
+    negated = value.args[0]
+    return isinstance(negated, fx.Node) and negated.target is aten.neg.default and negated.args[0] is scores.args[1]
 
 
-def _is_shifted(scores: object, dim: int) -> bool:
-    return isinstance(scores, fx.Node) and scores.target in (aten.sub.Tensor, aten.sub_.Tensor)
+def _quotients(divisor: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """(quotient, numerator) of every division by `divisor`, also by its reciprocal."""
+    for user in divisor.users:
+        if user.target in _DIV and user.args[1] is divisor and isinstance(user.args[0], fx.Node):
+            yield user, user.args[0]
+        elif user.target is aten.reciprocal.default:
+            for product in user.users:
+                if product.target in _MUL:
+                    other = product.args[1] if product.args[0] is user else product.args[0]
+                    if isinstance(other, fx.Node):
+                        yield product, other
 
 
-def _without_unsqueeze(node: object) -> object:
-    while isinstance(node, fx.Node) and (step := layout_step(node)) is not None:
-        node = step.source
-    return node
+def _upwards(node: object, casts: bool = False) -> Iterator[fx.Node]:
+    """The node and what it was before layout operations (and casts)."""
+    while isinstance(node, fx.Node):
+        yield node
+        step = layout_step(node)
+        if step is not None:
+            node = step.source
+        elif casts and is_cast(node):
+            node = node.args[0]
+        else:
+            return
+
+
+def _lines_up(total: fx.Node, divisor: object, tensor: object, dim: int) -> bool:
+    """Whether `divisor` broadcasts against `tensor` so that every row meets its own sum.
+
+    exp(x) / exp(x).sum(-1) without keepdim runs for square scores and divides by the wrong rows.
+    """
+    assert isinstance(tensor, fx.Node) and isinstance(divisor, fx.Node)
+    space = AxisSpace()
+    own = space.fresh_layout([f"x{i}" for i in range(len(shape_of(tensor)))], shape_of(tensor))
+    moved = layout_of_total(total, divisor, own, dim, space)
+    return moved is not None and broadcasts(moved, own, space)

@@ -7,19 +7,25 @@ from collections.abc import Mapping, Sequence
 from torch import fx
 
 from .axes import AxisSpace, Dim, Layout, flat, same_size
-from .layouts import layout_step, shape_of
+from .layouts import is_cast, layout_step, shape_of
 from .sites import (
     AttentionCall,
     AttentionSite,
     Bias,
+    Changed,
     Fill,
+    Inexact,
+    NanToZero,
     Operand,
+    Rehidden,
     Scale,
     ScoreStep,
     ScoreTerm,
     SiteAxes,
     SoftmaxSpelling,
+    WeightStep,
 )
+from .totals import broadcasts, layout_of_total
 from .walks import Path, Product, Refused, ValueProduct, operand_layout
 
 
@@ -38,7 +44,7 @@ def peel(node: fx.Node, layout: Layout, space: AxisSpace) -> Operand:
 def softmax_site(
     spelling: SoftmaxSpelling,
     product: Product,
-    second: Mapping[fx.Node, Product],
+    second: Mapping[fx.Node, tuple[Product, float]],
     candidates: Sequence[ValueProduct],
     readers: Sequence[fx.Node],
     space: AxisSpace,
@@ -60,12 +66,16 @@ def softmax_site(
 
     output, output_layout, tail = _divide_later(spelling, values, output_layout, space)
     terms = [ScoreTerm(peel(*term[0], space), peel(*term[1], space))]
-    steps = tuple(step for step in product.steps if step.node not in second)
-    for extra in second.values():
-        query, key = _term(extra, keys, space, spelling.anchor)
-        terms.append(ScoreTerm(peel(*query, space), peel(*key, space), _factor(extra.steps)))
+    taken: dict[fx.Node, Product] = {}
+    for node, (extra, factor) in second.items():
+        found = _fitting_term(extra, keys, query_only, space, spelling.anchor)
+        if found is not None:
+            query, key = found
+            terms.append(ScoreTerm(peel(*query, space), peel(*key, space), factor * _factor(extra.steps)))
+            taken[node] = extra
+    steps = tuple(step for step in product.steps if step.node not in taken or not isinstance(step, Bias))
     operand = peel(value, space.resolve_layout(value_layout), space)
-    region = _region(spelling, product, second.values(), values, tail)
+    region = _region(spelling, product, taken.values(), values, tail)
     return AttentionSite(
         anchor=spelling.anchor,
         output=output,
@@ -74,7 +84,7 @@ def softmax_site(
         terms=tuple(terms),
         value=operand,
         steps=tuple(_resolved(step, space) for step in steps),
-        weight_steps=values.steps,
+        weight_steps=_weight_steps(spelling, values, steps),
         weights=spelling.weights,
         weight_readers=tuple(n for n in (*readers, *others) if n not in region),
         axes=_roles(space.resolve_layout(product.layout), keys, terms, operand, steps, space),
@@ -187,6 +197,17 @@ def _term(
     raise Refused(f"the softmax runs over more than the keys (size {size})", softmax, 2)
 
 
+def _fitting_term(
+    extra: Product, keys: Dim, query_only: frozenset, space: AxisSpace, softmax: fx.Node
+) -> tuple[tuple[fx.Node, Layout], tuple[fx.Node, Layout]] | None:
+    """(query, key) of a further product; None when its key varies with the query (relative positions: a bias)."""
+    try:
+        query, key = _term(extra, keys, space, softmax)
+    except Refused:
+        return None
+    return None if space.axes(key[1]) & query_only else (query, key)
+
+
 def _weight_labels(values: ValueProduct) -> tuple[str | None, ...]:
     found = values.contraction
     return found.lhs_labels if values.weights_are_lhs else found.rhs_labels
@@ -251,12 +272,57 @@ def _divide_later(
                 raise Refused("the value product is cut before it is divided by the row sums", user, 2)
             layout = moved
         elif len(user.args) > 1 and user.args[1] is spelling.divided_later and user.args[0] is output:
+            _check_rows(spelling, values, layout, space, user)
             path.append(user)
             return user, layout, tuple(path)
         else:
             raise Refused("the value product is not divided by the row sums", user, 2)
         path.append(user)
         output = user
+
+
+def _check_rows(
+    spelling: SoftmaxSpelling, values: ValueProduct, layout: Layout, space: AxisSpace, division: fx.Node
+) -> None:
+    """Raise Refused unless every row of the value product is divided by its own sum."""
+    assert spelling.total is not None and spelling.divided_later is not None
+    if values.path:
+        raise Refused("the weights are reshaped before the value product and divided after it", division, 2)
+    sums = layout_of_total(spelling.total, spelling.divided_later, values.weights, spelling.dim, space)
+    if sums is None or not broadcasts(sums, space.resolve_layout(layout), space):
+        raise Refused("the value product is divided by sums of other rows", division, 2)
+
+
+def _weight_steps(
+    spelling: SoftmaxSpelling, values: ValueProduct, steps: Sequence[ScoreStep]
+) -> tuple[WeightStep, ...]:
+    """The steps after the softmax. Raises Refused when they make the weights something else than attention."""
+    found: list[WeightStep] = []
+    masks = {root_of(step.condition) for step in steps if isinstance(step, Fill)}
+    for step in values.steps:
+        if isinstance(step, Rehidden):
+            if step.value != 0.0 or root_of(step.condition) not in masks:
+                raise Refused("the weights are masked after the softmax, with another mask than before it", step.node, 2)
+            found.append(NanToZero(step.node))
+        elif isinstance(step, Changed):
+            raise Refused(step.reason, step.node, 2)
+        else:
+            found.append(step)
+    if spelling.inexact is not None:
+        found.append(Inexact(spelling.weights, spelling.inexact))
+    return tuple(found)
+
+
+def root_of(node: fx.Node) -> fx.Node:
+    """What a mask was before layout operations, casts and negations."""
+    while True:
+        step = layout_step(node)
+        if step is not None:
+            node = step.source
+        elif is_cast(node) or str(node.target) in ("aten.logical_not.default", "aten.bitwise_not.default"):
+            node = node.args[0]  # type: ignore[assignment]
+        else:
+            return node
 
 
 def _factor(steps: Sequence[ScoreStep]) -> float:

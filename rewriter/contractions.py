@@ -68,6 +68,8 @@ def contraction(node: fx.Node) -> Contraction | None:
             return _multiply_and_sum(node)
         case aten.tensordot.default:
             return _tensordot(node)
+        case aten.inner.default:
+            return _inner(node)
         case _:
             return None
 
@@ -223,6 +225,15 @@ def _multiply_and_sum(node: fx.Node) -> Contraction | None:
     if "k" not in lhs or "k" not in rhs:  # a plain weighted sum over one operand
         return None
     return Contraction(node, pair[0], pair[1], lhs, rhs, out)
+
+
+def _inner(node: fx.Node) -> Contraction | None:
+    """a[.. k] b[.. k] over the last dimensions."""
+    if (pair := _pair(node.args[0], node.args[1])) is None:
+        return None
+    a = tuple(f"a{i}" for i in range(len(shape_of(pair[0])) - 1))
+    b = tuple(f"b{i}" for i in range(len(shape_of(pair[1])) - 1))
+    return Contraction(node, pair[0], pair[1], (*a, "k"), (*b, "k"), a + b)
 
 
 def _tensordot(node: fx.Node) -> Contraction | None:

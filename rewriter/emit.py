@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,15 @@ aten = torch.ops.aten
 class Emitter:
     """Appends nodes before `before`. The graph's other nodes are not touched."""
 
-    def __init__(self, before: fx.Node, rewrite: str, space: AxisSpace, known: Iterable[tuple[fx.Node, Layout]]) -> None:
+    def __init__(
+        self,
+        before: fx.Node,
+        rewrite: str,
+        space: AxisSpace,
+        known: Iterable[tuple[fx.Node, Layout]],
+        replaced: Mapping[fx.Node, fx.Node] | None = None,
+    ) -> None:
+        self._replaced = replaced or {}
         self._graph = before.graph
         self._before = before
         self._rewrite = rewrite
@@ -32,14 +40,18 @@ class Emitter:
         self.nodes: list[fx.Node] = []
 
     @classmethod
-    def at(cls, site: AttentionSite, rewrite: str) -> Emitter:
-        """An emitter for a replacement of the site's output."""
+    def at(cls, site: AttentionSite, rewrite: str, replaced: Mapping[fx.Node, fx.Node]) -> Emitter:
+        """An emitter for a replacement of the site's output.
+
+        `replaced` maps the outputs of earlier sites, which this site's operands may name, to what took their place.
+        """
         operands = [term.query for term in site.terms] + [term.key for term in site.terms] + [site.value]
         known = [entry for operand in operands for entry in operand.chain]
-        return cls(site.output, rewrite, site.space, known)
+        return cls(site.output, rewrite, site.space, known, replaced)
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """One new node. Raises whatever the operator raises for arguments that do not fit."""
+        args, kwargs = fx.node.map_arg((args, kwargs), lambda node: self._replaced.get(node, node))
         values = fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
         with fake_mode_of_value(values) as mode:
             if isinstance(mode, FakeTensorMode):  # constants of the graph are real tensors

@@ -21,7 +21,7 @@ from .contractions import contraction
 from .layouts import is_tensor, shape_of
 from .registry import patterns
 from .sizes import size_hint
-from .sites import AttentionSite, Miss, Recognition, Sink, SoftmaxSpelling
+from .sites import AttentionSite, Miss, Recognition, Scale, Sink, SoftmaxSpelling
 from .walks import Path, Refused, climb, descend, follow, open_product, second_terms
 
 
@@ -106,6 +106,8 @@ def _follow_candidate(spelling: SoftmaxSpelling, path: Path) -> AttentionSite:
     if not found.summed:
         raise Refused("the score product sums over nothing", path[0])
     product = descend(open_product(found, space), path, space)
+    if spelling.base != 1.0:
+        product = replace(product, steps=(*product.steps, Scale(spelling.anchor, spelling.base)))
     if spelling.sink is not None:
         product = replace(product, steps=(*product.steps, Sink(spelling.anchor, spelling.sink)))
     extra = second_terms(product, space)

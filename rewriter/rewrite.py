@@ -68,6 +68,7 @@ class _Run:
         self.graph, self.options, self.hints = graph, options, hints
         self.current: list[AttentionSite | None] = list(sites)
         self.taken_by: dict[int, str] = {}
+        self.replaced: dict[fx.Node, fx.Node] = {}
         self.mutations = Mutations.of(graph)
         self.verdicts: list[Verdict] = []
         self.certificates: dict[str, Certificate] = {}
@@ -103,7 +104,7 @@ class _Run:
             return replace(verdict, outcome="not paying", reason="as many bytes move as before")
         if (moved := self._written_between(site)) is not None:
             return self._refuse(verdict, Refusal("a tensor it reads is written in between", moved))
-        emit = Emitter.at(site, entry.name)
+        emit = Emitter.at(site, entry.name, self.replaced)
         try:
             new = rule.build(answer, emit)
             certificate = self._certify(entry, answer, new, emit)
@@ -118,6 +119,8 @@ class _Run:
             log.warning("rewrite %s undone at %s: %s", entry.name, verdict.line, reason)
             return replace(verdict, outcome="undone", reason=reason, error=certificate.error)
         site.output.replace_all_uses_with(new, propagate_meta=False)
+        self.replaced = {old: new if now is site.output else now for old, now in self.replaced.items()}
+        self.replaced[site.output] = new
         self._recognise_again(entry, index, emit)
         return replace(verdict, outcome="applied", error=certificate.error if certificate else None)
 

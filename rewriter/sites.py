@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import fx
 
-from .axes import Axis, AxisSpace, Dim, Layout
+from .axes import Axis, AxisSpace, Dim, Layout, Size
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,15 @@ class Fill(ScoreStep):
 
 @dataclass(frozen=True)
 class Sink(ScoreStep):
-    """cat([scores, sink]): scores without a value that take part in the softmax; `sink` may be a number."""
+    """cat([scores, sink]), pad(scores): scores without a value that take part in the softmax.
+
+    `dim`, `first` and `count` say where they are joined; they stay None where no tensor is joined (off by one).
+    """
 
     sink: fx.Node | float
+    dim: int | None = None
+    first: bool = False
+    count: Size = 1
     layout: Layout = ()
 
 
@@ -125,13 +131,31 @@ class Changed:
 
 
 @dataclass(frozen=True)
+class Rehidden:
+    """Weights set to `value` where `condition` (its opposite, without `hide`) holds: usually the mask once more."""
+
+    node: fx.Node
+    condition: fx.Node
+    hide: bool
+    value: float | None
+
+
+@dataclass(frozen=True)
+class Inexact:
+    """The weights are a softmax only nearly."""
+
+    node: fx.Node
+    reason: str
+
+
+@dataclass(frozen=True)
 class NanToZero:
     """nan_to_num, or weights set to 0 where a mask hides everything."""
 
     node: fx.Node
 
 
-WeightStep = Gate | Dropout | Changed | NanToZero | Cast
+WeightStep = Gate | Dropout | Changed | Rehidden | Inexact | NanToZero | Cast
 
 
 # ------------------------------------------------------------------ the site
@@ -150,7 +174,17 @@ class SoftmaxSpelling:
     weights: fx.Node
     dtype: torch.dtype | None = None
     divided_later: fx.Node | None = None
+    total: fx.Node | None = None
+    """The row sums that `divided_later` was made from."""
+
     sink: float | None = None
+    """The score of one more term in the denominator that has no value."""
+
+    base: float = 1.0
+    """Powers of two are exponentials of the scores times log 2."""
+
+    inexact: str | None = None
+    """Why the weights are not exactly a softmax (a small number keeps the denominator from zero)."""
 
 
 @dataclass(frozen=True)

@@ -64,11 +64,12 @@ def _carriers(node: fx.Node) -> list[fx.Node]:
     return [operand for operand in node.all_input_nodes if is_tensor(operand) and score_step(node, operand)]
 
 
-def score_step(node: fx.Node, scores: fx.Node) -> ScoreStep | None:
+def score_step(node: fx.Node, scores: fx.Node) -> tuple[ScoreStep, ...]:
+    """What a node does to the scores it reads; empty when no pattern knows it."""
     for read in patterns("score_step"):
         if (step := read(node, scores)) is not None:
-            return step  # type: ignore[no-any-return]
-    return None
+            return step if isinstance(step, tuple) else (step,)
+    return ()
 
 
 def weight_step(node: fx.Node, weights: fx.Node) -> WeightStep | None:
@@ -150,15 +151,16 @@ def descend(product: Product, path: Path, space: AxisSpace) -> Product:
                 raise Refused(f"the scores are reshaped or cut ({node.target} takes{part} an axis)", node, 1)
             product = replace(product, layout=moved)
             continue
-        change = score_step(node, carrier)
-        if change is None:
+        changes = score_step(node, carrier)
+        if not changes:
             raise Refused(f"the scores pass through {node.target}, which is not a step of attention", node, 1)
-        if isinstance(change, Sink):
-            change, layout = _open_sink(change, node, carrier, layout, space)
-        else:
-            layout = _broadcast_layout(node, layout, space)
-            change = _with_layout(change, layout)
-        product = replace(product, layout=layout, steps=(*product.steps, change))
+        for change in changes:
+            if isinstance(change, Sink):
+                change, layout = _open_sink(change, layout, space)
+            else:
+                layout = _broadcast_layout(node, layout, space)
+                change = _with_layout(change, layout)
+            product = replace(product, layout=layout, steps=(*product.steps, change))
     return replace(product, path=path)
 
 
@@ -183,24 +185,16 @@ def _with_layout(step: ScoreStep, layout: Layout) -> ScoreStep:
             return step
 
 
-def _open_sink(
-    step: Sink, node: fx.Node, carrier: fx.Node, layout: Layout, space: AxisSpace
-) -> tuple[Sink, Layout]:
-    """cat makes the key axis a sum: keys plus sinks."""
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    dim = int(dim) % len(layout)  # type: ignore[arg-type]
-    assert isinstance(step.sink, fx.Node)
-    count = shape_of(step.sink)[dim]
-    extra = space.fresh("sink", count) or space.fresh("sink", 1)
-    first = node.args[0][0] is carrier  # type: ignore[index]
-    sink_dim: Dim = extra
-    parts = (layout[dim], sink_dim) if first else (sink_dim, layout[dim])
-    if not extra:  # one sink: its part has no axis, its size is 1
-        parts = (layout[dim], ()) if first else ((), layout[dim])
-    joined = space.join("t+sink", parts)
-    others = operand_layout(step.sink, layout)
-    others = others[:dim] + (sink_dim,) + others[dim + 1 :]
-    return replace(step, layout=others), layout[:dim] + (joined,) + layout[dim + 1 :]
+def _open_sink(step: Sink, layout: Layout, space: AxisSpace) -> tuple[Sink, Layout]:
+    """The key axis becomes a sum: keys plus sinks."""
+    assert step.dim is not None
+    extra = space.fresh("sink", step.count)
+    parts = (extra, layout[step.dim]) if step.first else (layout[step.dim], extra)
+    joined = space.join("keys+sink", parts)
+    if isinstance(step.sink, fx.Node):
+        others = operand_layout(step.sink, layout)
+        step = replace(step, layout=others[: step.dim] + (extra,) + others[step.dim + 1 :])
+    return step, layout[: step.dim] + (joined,) + layout[step.dim + 1 :]
 
 
 # ------------------------------------------------------------------ follow
@@ -217,6 +211,15 @@ class ValueProduct:
     path: Path
 
 
+def _value_contraction(node: fx.Node, carrier: fx.Node) -> Contraction | None:
+    """`node`, or the sum that reads it, as a product of the weights with something."""
+    for reader in (node, *node.users):
+        found = contraction(reader)
+        if found is not None and carrier in (found.lhs, found.rhs) and found.addend is None:
+            return found
+    return None
+
+
 def follow(weights: fx.Node, layout: Layout, space: AxisSpace) -> tuple[list[ValueProduct], list[fx.Node]]:
     """Products that the weights reach, and other readers of the weights."""
     products: list[ValueProduct] = []
@@ -225,8 +228,8 @@ def follow(weights: fx.Node, layout: Layout, space: AxisSpace) -> tuple[list[Val
     while pending:
         carrier, current, steps, path = pending.pop(0)
         for node in carrier.users:
-            found = contraction(node)
-            if found is not None and carrier in (found.lhs, found.rhs) and found.addend is None:
+            found = _value_contraction(node, carrier)
+            if found is not None:
                 products.append(ValueProduct(found, current, found.lhs is carrier, steps, path))
                 continue
             step = layout_step(node)
@@ -248,25 +251,40 @@ def follow(weights: fx.Node, layout: Layout, space: AxisSpace) -> tuple[list[Val
     return products, readers
 
 
-def second_terms(product: Product, space: AxisSpace) -> dict[fx.Node, Product]:
-    """Biases that are products of queries and keys themselves: q·k = q1·k1 + q2·k2 (absorbed latent attention)."""
-    terms: dict[fx.Node, Product] = {}
+def second_terms(product: Product, space: AxisSpace) -> dict[fx.Node, tuple[Product, float]]:
+    """Biases that are products of queries and keys themselves: q·k = q1·k1 + q2·k2 (absorbed latent attention).
+
+    Each comes with its factor relative to the first product, whose scale so far it does not share.
+    """
+    terms: dict[fx.Node, tuple[Product, float]] = {}
+    scale = 1.0
     for step in product.steps:
-        if not isinstance(step, Bias) or not isinstance(step.bias, fx.Node) or step.factor != 1.0:
-            continue
-        for path in climb(step.bias)[:1]:
-            found = contraction(path[0])
-            if found is None or not found.summed:
-                continue
-            try:
-                term = descend(open_product(found, space), path, space)
-            except Refused:
-                continue
-            aligned = step.layout
-            if (
-                len(term.layout) == len(aligned)
-                and all(isinstance(change, Scale | Cast) and getattr(change, "by", None) is None for change in term.steps)
-                and all(space.unify(keep, drop) for keep, drop in zip(aligned, term.layout, strict=True))
-            ):
-                terms[step.node] = term
+        if isinstance(step, Scale):
+            if step.by is not None:
+                break
+            scale *= step.factor
+        elif isinstance(step, Bias) and isinstance(step.bias, fx.Node):
+            term = _second_term(step, step.bias, space)
+            if term is not None and scale:
+                terms[step.node] = term, step.factor / scale
+        elif not isinstance(step, Cast):
+            break
     return terms
+
+
+def _second_term(step: Bias, bias: fx.Node, space: AxisSpace) -> Product | None:
+    for path in climb(bias)[:1]:
+        found = contraction(path[0])
+        if found is None or not found.summed:
+            return None
+        try:
+            term = descend(open_product(found, space), path, space)
+        except Refused:
+            return None
+        plain = all(isinstance(change, Scale | Cast) and getattr(change, "by", None) is None for change in term.steps)
+        full = len(term.layout) == len(step.layout) and all(
+            bool(a) == bool(space.resolve(b)) for a, b in zip(space.resolve_layout(step.layout), term.layout, strict=True)
+        )
+        if plain and full and all(space.unify(a, b) for a, b in zip(step.layout, term.layout, strict=True)):
+            return term
+    return None

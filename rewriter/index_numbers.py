@@ -1,0 +1,125 @@
+"""Numbers of a graph as exact sympy numbers, and what a dtype does to them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+
+import sympy
+import torch
+from torch import fx
+
+from .compat import expr_of
+from .index_bounds import Ranges, plain
+from .index_values import Load, Number, Unread, Value, Where, apply, as_number, compare, is_bool
+
+MAX_DENOMINATOR = 256
+
+_LARGEST = {
+    torch.uint8: 255,
+    torch.int8: 127,
+    torch.int16: 2**15 - 1,
+    torch.bfloat16: 2**8,
+    torch.float16: 2**11,
+    torch.int32: 2**31 - 1,
+    torch.float32: 2**24,
+}
+"""Integers up to here are exact in the dtype."""
+
+_NARROW = (torch.uint8, torch.int8, torch.int16, torch.bfloat16, torch.float16)
+"""Dtypes whose limit a sequence may well pass, so that unknown sizes are refused."""
+
+
+def size_of(value: object) -> sympy.Expr:
+    """The expression of a size, an int or a node that holds one."""
+    if isinstance(value, fx.Node):
+        value = value.meta.get("val")
+    if isinstance(value, int) and not isinstance(value, bool):
+        return sympy.Integer(value)
+    if isinstance(value, torch.SymInt):
+        return plain(expr_of(value))
+    raise Unread("has a size that is not a number")
+
+
+def exact(value: object) -> sympy.Expr:
+    """A scalar argument without rounding."""
+    if isinstance(value, fx.Node):
+        value = value.meta.get("val")
+    if isinstance(value, bool | int):
+        return sympy.Integer(int(value))
+    if isinstance(value, float):
+        if math.isnan(value):
+            return sympy.nan
+        if math.isinf(value):
+            return sympy.oo if value > 0 else -sympy.oo
+        fraction = Fraction(value)
+        return sympy.Rational(fraction.numerator, fraction.denominator)
+    if isinstance(value, torch.SymInt):
+        return plain(expr_of(value))
+    raise Unread("depends on a number that is not known when compiling")
+
+
+def as_float(number: sympy.Expr) -> float:
+    """The nearest float of an exact number; beyond the largest it is infinite."""
+    if number is sympy.nan:
+        return math.nan
+    if number.is_infinite:
+        return math.inf if number > 0 else -math.inf
+    try:
+        return float(Fraction(int(number.p), int(number.q)))
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
+
+
+def as_dtype(value: Value, dtype: torch.dtype, ranges: Ranges, loads: Mapping[sympy.Symbol, Load]) -> Value:
+    """The value in a tensor of that dtype. Constants are rounded; other numbers must be exact in it."""
+    if dtype is torch.bool:
+        return value if is_bool(value) else compare("ne", as_number(value), sympy.S.Zero)
+    return apply(lambda number: _fit(number, dtype, ranges, loads), as_number(value))
+
+
+def _fit(number: sympy.Expr, dtype: torch.dtype, ranges: Ranges, loads: Mapping[sympy.Symbol, Load]) -> sympy.Expr:
+    if number.is_number:
+        return _rounded(number, dtype)
+    if number in loads and loads[number].node.meta["val"].dtype is dtype:
+        return number
+    if dtype.is_complex:
+        raise Unread("is complex")
+    terms = number.as_coefficients_dict()
+    if dtype.is_floating_point:
+        if number.free_symbols & loads.keys():
+            raise Unread("computes in floating point with values that are not known when compiling")
+        if any(coefficient.q > MAX_DENOMINATOR or coefficient.q & (coefficient.q - 1) for coefficient in terms.values()):
+            raise Unread("holds fractions that floating point does not hold exactly")
+    elif any(not coefficient.is_Integer for coefficient in terms.values()):
+        raise Unread("rounds to integers")
+    if not all(term.is_integer for term in terms):
+        raise Unread("holds values that are no integers")
+    if not _within(number, _LARGEST.get(dtype, 2**53), ranges) and (dtype in _NARROW or _known(number, ranges)):
+        raise Unread(f"holds positions that may not be exact in {dtype}".replace("torch.", ""))
+    return number
+
+
+def _known(number: sympy.Expr, ranges: Ranges) -> bool:
+    """Whether all sizes behind the number are known."""
+    return all(symbol in ranges.sizes and ranges.sizes[symbol].is_Integer for symbol in number.free_symbols)
+
+
+def _within(number: sympy.Expr, largest: int, ranges: Ranges) -> bool:
+    return ranges.nonnegative(largest - number) and ranges.nonnegative(largest + number)
+
+
+def _rounded(number: sympy.Expr, dtype: torch.dtype) -> sympy.Expr:
+    if dtype.is_floating_point:
+        return exact(torch.tensor(as_float(number), dtype=torch.float64).to(dtype).item())
+    if dtype.is_complex or not number.is_Integer:
+        raise Unread("rounds to integers")
+    info = torch.iinfo(dtype)
+    if not info.min <= number <= info.max:
+        raise Unread("overflows")
+    return number
+
+
+def is_constant(value: Number) -> bool:
+    return not isinstance(value, Where) and value.is_number

@@ -1,0 +1,187 @@
+"""Reports as text: identical layers once, columns aligned, reasons in words, and a second compilation told apart."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from .report import GraphReport, MissReport, Report, SiteReport
+    from .rules import Verdict
+
+__all__ = ["MARKS", "collapse", "grouped", "render", "render_report"]
+
+Item = TypeVar("Item")
+Block = tuple[str, ...]
+"""Lines that belong together."""
+
+MARKS = {"applied": "✓", "refused": "–", "not paying": "–", "off": "·", "undone": "✗", "failed": "✗"}
+WIDTH = 110
+
+
+def render_report(report: Report) -> str:
+    """All graphs. Another compilation of a graph shows only what differs from the first."""
+    if not report.graphs:
+        breaks = "".join(f"\n{line}" for line in _breaks(report))
+        return f"no graph was compiled: the call ran no tensor operation that torch.compile saw{breaks}"
+    first: dict[str, GraphReport] = {}
+    parts = []
+    for graph in report.graphs:
+        parts.append(render(graph, first.get(graph.frame)))
+        first.setdefault(graph.frame, graph)
+    summary = [_summary(report), *_breaks(report)] if report.breaks is not None or len(parts) > 1 else []
+    return "\n\n".join([*(["\n".join(summary)] if summary else []), *parts])
+
+
+def render(graph: GraphReport, first: GraphReport | None = None) -> str:
+    """One graph: sites by layer class, verdicts per rewrite, near misses; with `first`, what is not as there."""
+    again = f" · {first.name.partition(' [')[0]} once more" if first else ""
+    total = sum(graph.seconds.values())
+    head = f"{graph.name}{again} · {graph.nodes} nodes" + (f" · latent took {total:.2f} s" if total else "")
+    lines = [head, "─" * len(head)]
+    if graph.failure:
+        return "\n".join([*lines, f"✗ failed      {graph.failure}", "              the graph stays as it is"])
+    known = {block for _, blocks in _sections(first) for block in blocks} if first else set()
+    for title, blocks in _sections(graph):
+        new = [block for block in blocks if block not in known]
+        if blocks and not new:
+            lines.append(f"{title}: as before")
+        elif title.startswith("attention") or new:
+            lines.append(title)
+            lines += [f"  {line}".rstrip() for block in new for line in block]
+    return "\n".join(lines)
+
+
+def _sections(graph: GraphReport) -> Iterator[tuple[str, list[Block]]]:
+    sites = len(graph.sites)
+    yield f"attention   {sites} {'site' if sites == 1 else 'sites'}", list(_sites(graph.sites))
+    yield "rewrites", list(_verdicts(graph.verdicts))
+    yield "lowered", [(f"{same[0]}{_times(same)}",) for same in grouped(graph.lowered, str)]
+    near = graph.near_misses
+    yield f"near {'miss' if len(near) == 1 else 'misses'}   {len(near)}", list(_misses(near))
+    yield "other softmax", list(_misses([miss for miss in graph.misses if not miss.reached], code=False))
+
+
+def _sites(sites: Sequence[SiteReport]) -> Iterator[Block]:
+    groups = grouped(sites, lambda s: (s.equation, s.line, s.spelling, s.mask, s.shape))
+    places = [collapse([site.path for site in same]) or "the model itself" for same in groups]
+    width = max(map(len, places), default=0)
+    for place, (site, *_) in zip(places, groups, strict=True):
+        yield f"{place:<{width}}   {site.line}", f"  {site.equation}", f"  {_shape(site)}"
+
+
+def _shape(site: SiteReport) -> str:
+    s = site.shape
+    heads = f"{s.heads} {'head' if s.heads == '1' else 'heads'}" + (f" in groups of {s.groups}" if s.groups != "1" else "")
+    width = f"width {s.width}" if s.width == s.value_width else f"widths {s.width} and {s.value_width}"
+    queries = "1 query" if s.queries == "1" else f"{s.queries} queries"
+    mask = "no mask" if site.mask == "none" else f"mask {site.mask}"
+    return " · ".join([site.spelling, heads, width, f"{queries} × {s.keys} keys", s.dtype, mask])
+
+
+def _verdicts(verdicts: Sequence[Verdict]) -> Iterator[Block]:
+    groups = grouped(verdicts, lambda v: (v.rewrite, v.outcome, v.reason))
+    sites = {v.rewrite: sum(w.rewrite == v.rewrite for w in verdicts) for v in verdicts}
+    name = max((len(v.rewrite) for v in verdicts), default=0)
+    outcome = max((len(v.outcome) for v in verdicts), default=0)
+    counts = [f"{len(same)} of {sites[same[0].rewrite]}" for same in groups]
+    number = max(map(len, counts), default=0)
+    for count, same in zip(counts, groups, strict=True):
+        v = same[0]
+        text = f"{MARKS[v.outcome]} {v.rewrite:<{name}}  {v.outcome:<{outcome}}  {count:>{number}}   "
+        detail = _detail(same)
+        yield tuple(_hanging(text, detail)) if detail else (text.rstrip(),)
+
+
+def _detail(same: Sequence[Verdict]) -> str:
+    errors = [v.error for v in same if v.error is not None]
+    if same[0].outcome == "applied":
+        return f"certified, relative error {max(errors):.0e} in fp64" if errors else "not certified"
+    place = f"   {same[0].line}" if same[0].line and same[0].outcome in ("undone", "failed") else ""
+    return same[0].reason + place
+
+
+def _misses(misses: Sequence[MissReport], code: bool = True) -> Iterator[Block]:
+    """The module and the line, the line's code, the reason."""
+    for same in grouped(misses, lambda m: (m.reason, m.line)):
+        miss = same[0]
+        place = collapse([m.path for m in same]) or f"the model itself{_times(same)}"
+        lines = [f"{place}   {miss.line}"]
+        if code and miss.code:
+            lines.append(textwrap.shorten(f"  {miss.code}", WIDTH, placeholder=" …").strip().join(["    ", ""]))
+        yield tuple(lines + _hanging("  → " if code else "  ", miss.reason)[:7])
+
+
+def _summary(report: Report) -> str:
+    frames, compilations = len({graph.frame for graph in report.graphs}), len(report.graphs)
+    counts = [_count(frames, "graph")]
+    if report.breaks is not None:
+        counts.append(_count(len(report.breaks), "graph break"))
+    return " · ".join([*counts, _count(compilations, "compilation")])
+
+
+def _breaks(report: Report) -> Iterator[str]:
+    for same in grouped(report.breaks or (), lambda b: b):
+        place = " ".join(filter(None, [same[0].line, same[0].code]))
+        yield f"  graph break{_times(same)}   {place}".rstrip()
+        yield from _hanging("    → ", same[0].reason)[:4]
+
+
+# ** pieces of text **
+
+
+def collapse(paths: Sequence[str]) -> str:
+    """model.layers.0.attn, model.layers.1.attn, ... -> model.layers.[0-29].attn × 30."""
+    if not paths or not paths[0]:
+        return ""
+    if len(paths) == 1:
+        return paths[0]
+    pieces = [re.split(r"(\d+)", path) for path in paths]
+    if len({len(p) for p in pieces}) != 1:
+        return f"{paths[0]} … × {len(paths)}"
+    text = ""
+    for column in zip(*pieces, strict=True):
+        values = list(dict.fromkeys(column))
+        if len(values) == 1:
+            text += values[0]
+        elif all(value.isdigit() for value in values):
+            text += f"[{_ranges(sorted(map(int, values)))}]"
+        else:
+            return f"{paths[0]} … × {len(paths)}"
+    return f"{text} × {len(paths)}"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """0 1 2 5 -> 0-2,5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def grouped(items: Iterable[Item], key: Callable[[Item], Hashable]) -> list[list[Item]]:
+    """Items of equal key together, in the order of their first."""
+    groups: dict[Hashable, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return list(groups.values())
+
+
+def _hanging(start: str, text: str) -> list[str]:
+    """`text` behind `start`, further lines below its beginning."""
+    return textwrap.wrap(
+        text, max(WIDTH, len(start) + 40), initial_indent=start, subsequent_indent=" " * len(start)
+    ) or [start.rstrip()]
+
+
+def _times(same: Sequence[object]) -> str:
+    return f" × {len(same)}" if len(same) > 1 else ""
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
