@@ -28,8 +28,9 @@ def quiet_compiler(backend: Backend, dynamic: bool | None) -> Iterator[Callable[
     regions: list[int] = []
 
     def compile_here(function: Callable[..., Any]) -> Any:
-        compiled = torch.compile(function, backend=backend, dynamic=dynamic, isolate_recompiles=True)
-        regions.append(compiled._isolate_recompiles_id)  # type: ignore[attr-defined]  # 2.13
+        compiler: Any = torch.compile  # 2.13: its overloads for type checkers lack `isolate_recompiles`
+        compiled = compiler(function, backend=backend, dynamic=dynamic, isolate_recompiles=True)
+        regions.append(compiled._isolate_recompiles_id)  # 2.13
         return compiled
 
     with _dynamo_state_kept():

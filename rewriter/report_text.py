@@ -74,7 +74,8 @@ def _sites(sites: Sequence[SiteReport]) -> Iterator[Block]:
 
 def _shape(site: SiteReport) -> str:
     s = site.shape
-    heads = f"{s.heads} {'head' if s.heads == '1' else 'heads'}" + (f" in groups of {s.groups}" if s.groups != "1" else "")
+    heads = "1 head" if s.heads == "1" else f"{s.heads} heads"
+    heads += f" in groups of {s.groups}" if s.groups != "1" else ""
     width = f"width {s.width}" if s.width == s.value_width else f"widths {s.width} and {s.value_width}"
     queries = "1 query" if s.queries == "1" else f"{s.queries} queries"
     mask = "no mask" if site.mask == "none" else f"mask {site.mask}"
