@@ -1,8 +1,8 @@
 """Reads a tensor of a graph as a function of its index variables.
 
-`IndexReader.element(node, (i, j))` is the value that `node[i, j]` has, as an expression in i, j, sizes and loads. Layout
-operations change the indices alone, arithmetic acts on the values, and whatever is not understood is a Load that keeps
-the node and the reason. Nothing is evaluated, nothing is guarded on, no graph is changed.
+`IndexReader.element(node, (i, j))` is the value that `node[i, j]` has, as an expression in i, j, sizes and loads.
+Layout operations change the indices alone, arithmetic acts on the values, and whatever is not understood is a Load that
+keeps the node and the reason. Nothing is evaluated, nothing is guarded on, no graph is changed.
 
 Writes count: an element is read at a point of the graph, after the writes to its storage that come before. Integers in
 float32 are exact below 2^24; positions in a sequence are taken to stay below that, sizes that are known are checked.
@@ -27,7 +27,7 @@ from .index_values import (
     Load,
     Number,
     Truth,
-    Unread,
+    UnreadError,
     Value,
     choose_value,
     compare,
@@ -66,7 +66,7 @@ class IndexReader:
             self._depth += 1
             try:
                 self._memo[key] = self._read(node, indices, at)
-            except Unread as unread:
+            except UnreadError as unread:
                 self._memo[key] = self.load(node, indices, epoch, str(unread))
             finally:
                 self._depth -= 1
@@ -101,7 +101,7 @@ class IndexReader:
 
     def _read(self, node: fx.Node, indices: Indices, at: fx.Node | None) -> Value:
         if self._depth > MAX_DEPTH:
-            raise Unread("is the result of too many operations")
+            raise UnreadError("is the result of too many operations")
         storages = self.storages
         same = storages.canonical(node)
         writes = storages.writes_before(node, at)
@@ -116,24 +116,24 @@ class IndexReader:
         if storages.alias(node) is None:
             return self._apply(Call(self, node, indices, node))
         if storages.may_copy(node) and any(node < write for write in writes):
-            raise Unread("may share memory with a tensor that is written to")
+            raise UnreadError("may share memory with a tensor that is written to")
         return self._apply(Call(self, node, indices, at))
 
     def _apply(self, call: Call, name: str | None = None) -> Value:
         node = call.node
         if node.op == "placeholder":
-            raise Unread("is an input of the graph, so its values are not known when compiling")
+            raise UnreadError("is an input of the graph, so its values are not known when compiling")
         if node.op == "get_attr":
-            raise Unread("is a buffer, whose values may change without a new compilation")
+            raise UnreadError("is a buffer, whose values may change without a new compilation")
         name = name or self.storages.operator(node)
         if (read := READERS.get(name)) is None:
-            raise Unread(f"is a result of {name}, which is not followed")
+            raise UnreadError(f"is a result of {name}, which is not followed")
         return call.fitted(read(call))
 
     def _written(self, write: fx.Node, indices: Indices) -> Value:
         """The element after an in-place operator: what the operator computes from the element before."""
         if not is_in_place(write):
-            raise Unread(f"is written to by {self.storages.operator(write)}, which is not followed")
+            raise UnreadError(f"is written to by {self.storages.operator(write)}, which is not followed")
         return self._apply(Call(self, write, indices, write), self.storages.functional(write))
 
     def _partly_written(self, base: fx.Node, indices: Indices, write: fx.Node, written: fx.Node) -> Value:
@@ -151,7 +151,7 @@ class IndexReader:
             return TRUE, indices
         source = self.storages.alias(view)
         if source is None:
-            raise Unread("is written to through another tensor")
+            raise UnreadError("is written to through another tensor")
         inside, outer = self._inside(source, base, indices)
         call, name = Call(self, view, outer, None), self.storages.operator(view)
         dim = call.dim()
@@ -164,4 +164,4 @@ class IndexReader:
         if name == "select":
             chosen = position(call.argument("index"), shape_of(source)[dim], self.ranges)
             return conjunction(inside, compare("eq", outer[dim], chosen)), (*before, *after)
-        raise Unread("is written to through a view that is not a slice")
+        raise UnreadError("is written to through a view that is not a slice")

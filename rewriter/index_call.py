@@ -1,6 +1,6 @@
 """One operator of which an element is asked for, and the registry of the functions that answer.
 
-A function gets a `Call` and returns the element `call.indices` of its result, or raises `Unread` with the reason.
+A function gets a `Call` and returns the element `call.indices` of its result, or raises `UnreadError` with the reason.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import fx
 
 from .index_bounds import Ranges
 from .index_numbers import as_dtype, exact, size_of
-from .index_values import Bool, Comparison, Number, Unread, Value, as_number
+from .index_values import Bool, Comparison, Number, UnreadError, Value, as_number
 
 if TYPE_CHECKING:
     from .index_algebra import IndexReader
@@ -91,7 +91,7 @@ class Call:
 
     def read(self, source: object, indices: Sequence[sympy.Expr]) -> Value:
         if not is_tensor(source):
-            raise Unread("reads what is not a tensor")
+            raise UnreadError("reads what is not a tensor")
         return self.reader.element(source, tuple(indices), self.at)  # type: ignore[arg-type]
 
     def value(self, operand: object) -> Value:
@@ -125,4 +125,4 @@ def position(given: object, size: sympy.Expr, ranges: Ranges) -> sympy.Expr:
         return sympy.expand(size + index)
     if index.is_Integer and size.is_Integer:
         return sympy.Integer(max(0, int(size + index)))
-    raise Unread("starts at a position of unknown sign")
+    raise UnreadError("starts at a position of unknown sign")

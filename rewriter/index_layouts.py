@@ -10,7 +10,7 @@ from torch import fx
 
 from .index_call import Call, Indices, is_tensor, position, reads, shape_of
 from .index_numbers import exact, size_of
-from .index_values import Const, Unread, Value, as_number, choose_value, compare, conjunction, disjunction, is_bool
+from .index_values import Const, UnreadError, Value, as_number, choose_value, compare, conjunction, disjunction, is_bool
 
 # ** the same element elsewhere **
 
@@ -136,7 +136,7 @@ def _member(call: Call) -> Value:
     """One tensor of several: a part of a split, or a coordinate of a mesh."""
     several, which = call.node.args
     if not isinstance(several, fx.Node) or not isinstance(which, int):
-        raise Unread("is a part of what is not followed")
+        raise UnreadError("is a part of what is not followed")
     inner = Call(call.reader, several, call.indices, call.at)
     name = call.reader.storages.operator(several)
     if name in ("split", "chunk", "split_with_sizes", "unsafe_split", "unsafe_chunk", "tensor_split"):
@@ -149,10 +149,10 @@ def _member(call: Call) -> Value:
     if name == "meshgrid":
         source = inner.argument("tensors")[which]
         if call.reader.storages.writes_before(source, None):
-            raise Unread("may share memory with a tensor that is written to")
+            raise UnreadError("may share memory with a tensor that is written to")
         axis = 1 - which if inner.argument("indexing", "ij") == "xy" and which < 2 else which
         return call.read(source, call.indices[axis : axis + 1] if shape_of(source) else ())
-    raise Unread(f"is a part of {name}, which is not followed")
+    raise UnreadError(f"is a part of {name}, which is not followed")
 
 
 # ** elements chosen by tensors **
@@ -164,7 +164,7 @@ def _index(call: Call) -> Value:
     source, given = call.argument("self"), call.argument("indices")
     tensors = [index for index in given if index is not None]
     if any(index.meta["val"].dtype in (torch.bool, torch.uint8) for index in tensors):
-        raise Unread("is chosen by a boolean tensor")
+        raise UnreadError("is chosen by a boolean tensor")
     joint = max(len(index.meta["val"].shape) for index in tensors)
     places = [place for place, index in enumerate(given) if index is not None]
     adjacent = places == list(range(places[0], places[-1] + 1))
@@ -188,7 +188,8 @@ def _index_select(call: Call) -> Value:
 @reads("gather")
 def _gather(call: Call) -> Value:
     source, dim = call.argument("self"), call.dim()
-    return call.read(source, call.at_dim(dim, _place(call, call.argument("index"), call.indices, shape_of(source)[dim])))
+    place = _place(call, call.argument("index"), call.indices, shape_of(source)[dim])
+    return call.read(source, call.at_dim(dim, place))
 
 
 def _place(call: Call, index: fx.Node, indices: Indices, size: sympy.Expr) -> sympy.Expr:
@@ -196,12 +197,12 @@ def _place(call: Call, index: fx.Node, indices: Indices, size: sympy.Expr) -> sy
     rank = len(shape_of(index))
     value = call.read(index, indices[len(indices) - rank :])
     if is_bool(value) or not isinstance(value, sympy.Expr):
-        raise Unread("is chosen by a tensor with several cases")
+        raise UnreadError("is chosen by a tensor with several cases")
     if call.ranges.nonnegative(value):
         return value
     if call.ranges.nonnegative(-value - 1):
         return sympy.expand(size + value)
-    raise Unread("is chosen by positions whose sign is not known")
+    raise UnreadError("is chosen by positions whose sign is not known")
 
 
 # ** several tensors as one **
@@ -238,7 +239,7 @@ def _stack(call: Call) -> Value:
 def _pad(call: Call) -> Value:
     """A constant outside of [before, before + size) in the last dimensions."""
     if call.argument("mode", "constant") != "constant":
-        raise Unread("is padded with other elements")
+        raise UnreadError("is padded with other elements")
     source, widths = call.argument("self"), call.argument("pad")
     sizes, inner, inside = shape_of(source), list(call.indices), []
     for place in range(len(widths) // 2):
@@ -257,20 +258,20 @@ def _diff(call: Call) -> Value:
     """x[k] - x[k - 1], where x[-1] is the prepended element."""
     source, first, dim = call.argument("self"), call.argument("prepend"), call.dim()
     if call.argument("n", 1) != 1 or call.argument("append") is not None:
-        raise Unread("is a difference of higher order")
+        raise UnreadError("is a difference of higher order")
     index = call.indices[dim]
 
     def step(later: Value, earlier: Value) -> Value:
         if is_bool(later) or is_bool(earlier):
             return disjunction(*map(_never_bool, (later, earlier)))
         if not isinstance(later, sympy.Expr) or not isinstance(earlier, sympy.Expr):
-            raise Unread("is a difference of several cases")
+            raise UnreadError("is a difference of several cases")
         return later - earlier
 
     if first is None:
         return step(call.read(source, call.at_dim(dim, index + 1)), call.read(source, call.at_dim(dim, index)))
     if shape_of(first)[dim] != 1:
-        raise Unread("is a difference with several prepended elements")
+        raise UnreadError("is a difference with several prepended elements")
     at_zero = call.at_dim(dim, sympy.S.Zero)
     start = step(call.read(source, at_zero), call.read(first, at_zero))
     rest = step(call.read(source, call.indices), call.read(source, call.at_dim(dim, index - 1)))
@@ -278,7 +279,7 @@ def _diff(call: Call) -> Value:
 
 
 def _never_bool(value: Value) -> Const:
-    raise Unread("is a difference of truth values")
+    raise UnreadError("is a difference of truth values")
 
 
 @reads("cumsum")
@@ -286,7 +287,7 @@ def _cumsum(call: Call) -> Value:
     """k + 1 times the same number; sums of other things are not followed."""
     value = as_number(call.read(call.argument("self"), call.indices))
     if not isinstance(value, sympy.Expr) or not value.is_Integer:
-        raise Unread("is a running sum")
+        raise UnreadError("is a running sum")
     return value * (call.indices[call.dim()] + 1) if value else value
 
 

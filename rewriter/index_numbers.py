@@ -12,7 +12,7 @@ from torch import fx
 
 from .compat import expr_of
 from .index_bounds import Ranges, plain
-from .index_values import Load, Number, Unread, Value, Where, apply, as_number, compare, is_bool
+from .index_values import Load, Number, UnreadError, Value, Where, apply, as_number, compare, is_bool
 
 MAX_DENOMINATOR = 256
 
@@ -39,7 +39,7 @@ def size_of(value: object) -> sympy.Expr:
         return sympy.Integer(value)
     if isinstance(value, torch.SymInt):
         return plain(expr_of(value))
-    raise Unread("has a size that is not a number")
+    raise UnreadError("has a size that is not a number")
 
 
 def exact(value: object) -> sympy.Expr:
@@ -57,7 +57,7 @@ def exact(value: object) -> sympy.Expr:
         return sympy.Rational(fraction.numerator, fraction.denominator)
     if isinstance(value, torch.SymInt):
         return plain(expr_of(value))
-    raise Unread("depends on a number that is not known when compiling")
+    raise UnreadError("depends on a number that is not known when compiling")
 
 
 def as_float(number: sympy.Expr) -> float:
@@ -85,19 +85,19 @@ def _fit(number: sympy.Expr, dtype: torch.dtype, ranges: Ranges, loads: Mapping[
     if number in loads and loads[number].node.meta["val"].dtype is dtype:
         return number
     if dtype.is_complex:
-        raise Unread("is complex")
+        raise UnreadError("is complex")
     terms = number.as_coefficients_dict()
     if dtype.is_floating_point:
         if number.free_symbols & loads.keys():
-            raise Unread("computes in floating point with values that are not known when compiling")
-        if any(coefficient.q > MAX_DENOMINATOR or coefficient.q & (coefficient.q - 1) for coefficient in terms.values()):
-            raise Unread("holds fractions that floating point does not hold exactly")
-    elif any(not coefficient.is_Integer for coefficient in terms.values()):
-        raise Unread("rounds to integers")
+            raise UnreadError("computes in floating point with values that are not known when compiling")
+        if any(c.q > MAX_DENOMINATOR or c.q & (c.q - 1) for c in terms.values()):
+            raise UnreadError("holds fractions that floating point does not hold exactly")
+    elif any(not c.is_Integer for c in terms.values()):
+        raise UnreadError("rounds to integers")
     if not all(term.is_integer for term in terms):
-        raise Unread("holds values that are no integers")
+        raise UnreadError("holds values that are no integers")
     if not _within(number, _LARGEST.get(dtype, 2**53), ranges) and (dtype in _NARROW or _known(number, ranges)):
-        raise Unread(f"holds positions that may not be exact in {dtype}".replace("torch.", ""))
+        raise UnreadError(f"holds positions that may not be exact in {dtype}".replace("torch.", ""))
     return number
 
 
@@ -114,10 +114,10 @@ def _rounded(number: sympy.Expr, dtype: torch.dtype) -> sympy.Expr:
     if dtype.is_floating_point:
         return exact(torch.tensor(as_float(number), dtype=torch.float64).to(dtype).item())
     if dtype.is_complex or not number.is_Integer:
-        raise Unread("rounds to integers")
+        raise UnreadError("rounds to integers")
     info = torch.iinfo(dtype)
     if not info.min <= number <= info.max:
-        raise Unread("overflows")
+        raise UnreadError("overflows")
     return number
 
 

@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import sympy
 import torch
+from torch import fx
 
-from .index_call import Call, is_tensor, reads
+from .index_call import Call, reads
 from .index_numbers import as_dtype
 from .index_values import (
     Bool,
-    Comparison,
     Number,
-    Unread,
+    UnreadError,
     Value,
     apply,
     as_number,
@@ -36,36 +36,41 @@ def _arithmetic(call: Call, function: Callable[..., sympy.Expr], *values: Value)
 
     def checked(*numbers: sympy.Expr) -> sympy.Expr:
         if any(n.is_infinite or n is sympy.nan for n in numbers) and not all(n.is_number for n in numbers):
-            raise Unread("adds infinity to what is not known")
+            raise UnreadError("adds infinity to what is not known")
         return sympy.expand(function(*numbers))
 
     return apply(checked, *map(as_number, values))
 
 
+def _operands(call: Call) -> tuple[Value, Value]:
+    return call.value(call.argument("self")), call.value(call.argument("other"))
+
+
+def _alpha(call: Call) -> Number:
+    return call.number(call.argument("alpha", 1))
+
+
 @reads("add")
 def _add(call: Call) -> Value:
-    left, right, alpha = call.value(call.argument("self")), call.value(call.argument("other")), call.argument("alpha", 1)
+    left, right = _operands(call)
     if call.dtype is torch.bool:
         return disjunction(_truth(left), _truth(right))
-    factor = call.number(alpha)
-    return _arithmetic(call, lambda a, b, f: a + (b if f == 1 else f * b), left, right, factor)
+    return _arithmetic(call, lambda a, b, f: a + (b if f == 1 else f * b), left, right, _alpha(call))
 
 
 @reads("sub", "subtract")
 def _sub(call: Call) -> Value:
-    operands = call.value(call.argument("self")), call.value(call.argument("other"))
-    return _arithmetic(call, lambda a, b, f: a - (b if f == 1 else f * b), *operands, call.number(call.argument("alpha", 1)))
+    return _arithmetic(call, lambda a, b, f: a - (b if f == 1 else f * b), *_operands(call), _alpha(call))
 
 
 @reads("rsub")
 def _rsub(call: Call) -> Value:
-    operands = call.value(call.argument("self")), call.value(call.argument("other"))
-    return _arithmetic(call, lambda a, b, f: b - (a if f == 1 else f * a), *operands, call.number(call.argument("alpha", 1)))
+    return _arithmetic(call, lambda a, b, f: b - (a if f == 1 else f * a), *_operands(call), _alpha(call))
 
 
 @reads("mul", "multiply")
 def _mul(call: Call) -> Value:
-    left, right = call.value(call.argument("self")), call.value(call.argument("other"))
+    left, right = _operands(call)
     if call.dtype is torch.bool:
         return conjunction(_truth(left), _truth(right))
     return _arithmetic(call, lambda a, b: a * b, left, right)
@@ -83,7 +88,7 @@ def _div(call: Call) -> Value:
 
     def divided(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
         if b == 0 or (mode is None and not b.is_number):
-            raise Unread("is divided by what is not a known number")
+            raise UnreadError("is divided by what is not a known number")
         if mode is None:
             return a / b
         return _whole_division(call, mode, a, b)
@@ -94,21 +99,16 @@ def _div(call: Call) -> Value:
 def _whole_division(call: Call, mode: str, a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
     whole = all(term.is_integer and c.is_Integer for n in (a, b) for term, c in n.as_coefficients_dict().items())
     if not whole or call.dtype.is_floating_point or not call.ranges.nonnegative(b - 1):
-        raise Unread("is a rounded quotient of what may be no integers")
+        raise UnreadError("is a rounded quotient of what may be no integers")
     if mode != "floor" and not call.ranges.nonnegative(a):
-        raise Unread("is a quotient rounded towards zero")
+        raise UnreadError("is a quotient rounded towards zero")
     return call.ranges.quotient(a, b)
 
 
 @reads("remainder", "fmod")
 def _remainder(call: Call) -> Value:
     mode = "trunc" if "fmod" in str(call.node.target) else "floor"
-    return _arithmetic(
-        call,
-        lambda a, b: a - b * _whole_division(call, mode, a, b),
-        call.value(call.argument("self")),
-        call.value(call.argument("other")),
-    )
+    return _arithmetic(call, lambda a, b: a - b * _whole_division(call, mode, a, b), *_operands(call))
 
 
 @reads("minimum", "min")
@@ -151,7 +151,7 @@ def _abs(call: Call) -> Value:
 @reads("eq", "ne", "lt", "le", "gt", "ge", "not_equal", "less", "less_equal", "greater", "greater_equal")
 def _compare(call: Call) -> Value:
     name = call.reader.storages.functional(call.node)
-    left, right = call.value(call.argument("self")), call.value(call.argument("other"))
+    left, right = _operands(call)
     op = _SHORT.get(name, name)
     if is_bool(left) and is_bool(right) and op in ("eq", "ne"):
         same = same_truth(left, right)  # type: ignore[arg-type]
@@ -166,15 +166,16 @@ _SHORT = {"not_equal": "ne", "less": "lt", "less_equal": "le", "greater": "gt", 
 
 def _compared_in(call: Call) -> torch.dtype:
     """The dtype in which two operands meet."""
-    operands = [call.argument("self"), call.argument("other")]
-    dtype: torch.dtype = torch.result_type(
-        *(torch.empty((0,) * o.meta["val"].dim(), dtype=o.meta["val"].dtype) if is_tensor(o) else _plain(o) for o in operands)
-    )
+    left, right = _stand_in(call.argument("self")), _stand_in(call.argument("other"))
+    dtype: torch.dtype = torch.result_type(left, right)  # type: ignore[call-overload]
     return torch.int64 if dtype is torch.bool else dtype
 
 
-def _plain(scalar: object) -> int | float:
-    value = scalar.meta["val"] if hasattr(scalar, "meta") else scalar
+def _stand_in(operand: object) -> torch.Tensor | float:
+    """An empty tensor, or a number, of the same kind."""
+    value = operand.meta["val"] if isinstance(operand, fx.Node) else operand
+    if isinstance(value, torch.Tensor):
+        return torch.empty((0,) * value.dim(), dtype=value.dtype)
     return 1.0 if isinstance(value, float | torch.SymFloat) else 1
 
 
@@ -201,14 +202,15 @@ def _xor(call: Call) -> Value:
 
 def _truths(call: Call) -> tuple[Bool, Bool]:
     if call.dtype is not torch.bool:
-        raise Unread("combines the bits of integers")
-    return _truth(call.value(call.argument("self"))), _truth(call.value(call.argument("other")))
+        raise UnreadError("combines the bits of integers")
+    left, right = _operands(call)
+    return _truth(left), _truth(right)
 
 
 @reads("logical_not", "bitwise_not")
 def _not(call: Call) -> Value:
     if call.dtype is not torch.bool:
-        raise Unread("combines the bits of integers")
+        raise UnreadError("combines the bits of integers")
     return negation(_truth(call.value(call.argument("self"))))
 
 
@@ -250,5 +252,3 @@ def _triangle(call: Call, below: bool) -> Value:
     diagonal = call.number(call.argument("diagonal", 0))
     inside = call.compare("le" if below else "ge", j - i, diagonal)
     return _chosen(call, inside, call.value(call.argument("self")), sympy.S.Zero)
-
-

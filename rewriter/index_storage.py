@@ -113,7 +113,8 @@ class Storages:
         for position, argument in enumerate(schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-                written += [n for n in (given if isinstance(given, list | tuple) else [given]) if isinstance(n, fx.Node)]
+                several = given if isinstance(given, list | tuple) else [given]
+                written += [item for item in several if isinstance(item, fx.Node)]
         return written
 
 

@@ -17,7 +17,7 @@ MAX_LEAVES = 24
 """Numbers with more cases than this are not followed."""
 
 
-class Unread(Exception):
+class UnreadError(Exception):
     """An element that is not understood; the message says why, as the end of a sentence about the node."""
 
 
@@ -45,7 +45,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class Compare:
-    """difference op 0."""
+    """difference op 0. Between integers there is only >=, without a common factor: 2·i - 2·j + 1 > 0 is i - j >= 0."""
 
     op: Literal["ge", "gt", "eq", "ne"]
     difference: sympy.Expr
@@ -121,8 +121,8 @@ def negation(term: Bool) -> Bool:
             return Compare("ne", difference)
         case Compare("ne", difference):
             return Compare("eq", difference)
-        case Compare(op, difference) if integral(difference):  # of floats, the negation of >= is not < for nan
-            return Compare("gt" if op == "ge" else "ge", -difference)
+        case Compare("ge", difference) if integral(difference):  # of floats, the negation of >= is not < for nan
+            return Compare("ge", -difference - 1)
         case And(terms):
             return disjunction(*map(negation, terms))
         case Or(terms):
@@ -164,9 +164,26 @@ def where(condition: Bool, then: Number, other: Number) -> Number:
         return then
     if condition == FALSE:
         return other
+    then, other = assuming(then, condition, True), assuming(other, condition, False)
+    if then == other:
+        return then
     if leaves(then) + leaves(other) > MAX_LEAVES:
-        raise Unread("has too many cases")
+        raise UnreadError("has too many cases")
     return Where(condition, then, other)
+
+
+def assuming(value: Number, condition: Bool, holds: bool) -> Number:
+    """The value where the condition is known: cases that it decides are gone."""
+    if not isinstance(value, Where):
+        return value
+    known = condition if holds else negation(condition)
+    facts = known.terms if isinstance(known, And) else (known,)
+    if value.condition in facts:
+        return assuming(value.then, condition, holds)
+    if negation(value.condition) in facts:
+        return assuming(value.other, condition, holds)
+    then, other = assuming(value.then, condition, holds), assuming(value.other, condition, holds)
+    return then if then == other else Where(value.condition, then, other)
 
 
 def as_number(value: Value) -> Number:
@@ -210,8 +227,23 @@ def _compare(op: Literal["ge", "gt", "eq", "ne"], left: sympy.Expr, right: sympy
         holds = {"ge": left >= right, "gt": left > right, "eq": left == right, "ne": left != right}[op]
         return Const(bool(holds))
     if left.is_infinite or right.is_infinite:
-        raise Unread("compares with infinity")
+        raise UnreadError("compares with infinity")
     difference = sympy.expand(left - right)
     if difference.is_number:
         return _compare(op, difference, sympy.S.Zero)
+    if op in ("ge", "gt") and integral(difference):
+        return Compare("ge", _reduced(difference, strict=op == "gt"))
     return Compare(op, difference)
+
+
+def _reduced(expr: sympy.Expr, strict: bool) -> sympy.Expr:
+    """An integer e without common factor such that e >= 0 says that expr >= 0, or expr > 0.
+
+    With fractions cleared, g·x + c > 0 is g·x + c - 1 >= 0, and g·x + c >= 0 is x + floor(c / g) >= 0.
+    """
+    terms = expr.as_coefficients_dict()
+    common = sympy.ilcm(*(coefficient.q for coefficient in terms.values()), 1)
+    whole = {term: coefficient * common for term, coefficient in terms.items()}
+    constant = whole.pop(sympy.S.One, sympy.S.Zero) - int(strict)
+    factor = sympy.igcd(0, *whole.values())
+    return sympy.Add(sympy.floor(constant / factor), *(count / factor * term for term, count in whole.items()))

@@ -13,7 +13,7 @@ from typing import TypeAlias
 import sympy
 
 from .index_bounds import Ranges
-from .index_values import And, Bool, Compare, Const, Load, Not, Or, Truth, integral, negation
+from .index_values import And, Bool, Compare, Const, Load, Not, Or, Truth, compare, conjunction, integral, negation
 
 MAX_CLAUSES = 24
 MAX_LITERALS = 6
@@ -54,7 +54,7 @@ Literal: TypeAlias = AtLeast | Equal | Loaded | Unclear
 Clause: TypeAlias = tuple[Literal, ...]
 
 
-class TooComplex(Exception):
+class TooComplexError(Exception):
     """The conjunctive form has too many clauses."""
 
 
@@ -96,13 +96,12 @@ class _Forms:
         if op in ("eq", "ne"):
             if not self._linear(difference):
                 return ((Equal(difference, op == "eq"),),)
-            least, most = Compare("ge", difference), Compare("ge", -difference)
-            both = And((least, most))
-            return self.of(both if op == "eq" else Or((negation(least), negation(most))))
-        if not integral(difference):
+            zero = sympy.S.Zero
+            both = conjunction(compare("ge", difference, zero), compare("le", difference, zero))
+            return self.of(both if op == "eq" else negation(both))
+        if op != "ge" or not integral(difference):  # of integers, a comparison always is >=
             return ((Unclear(term, "compares values that are not integers"),),)
-        expr = _scaled(difference)
-        return self.all([(AtLeast(expr if op == "ge" else _scaled(expr - 1)),)])
+        return self.all([(AtLeast(difference),)])
 
     def _linear(self, expr: sympy.Expr) -> bool:
         """Whether equality is best split in two inequalities: a sum of index variables and of what no index changes."""
@@ -125,7 +124,7 @@ class _Forms:
             kept = [other for other in kept if not self._covers(simple, other)]
             kept.append(simple)
             if len(kept) > MAX_CLAUSES or len(simple) > MAX_LITERALS:
-                raise TooComplex
+                raise TooComplexError
         units = [clause[0] for clause in kept if len(clause) == 1]
         if any(self._contradict(a, b) for n, a in enumerate(units) for b in units[:n]):
             return ((),)
@@ -173,15 +172,3 @@ class _Forms:
             case AtLeast(), AtLeast():
                 return self.ranges.nonnegative(-a.expr - b.expr - 1)
         return self._complete(a, b) and not isinstance(a, AtLeast)
-
-
-def _scaled(expr: sympy.Expr) -> sympy.Expr:
-    """An integer multiple of expr without fractions; a common factor g of all but the constant c leaves floor(c / g)."""
-    terms = expr.as_coefficients_dict()
-    common = sympy.ilcm(*(coefficient.q for coefficient in terms.values())) if terms else 1
-    whole = {term: coefficient * common for term, coefficient in terms.items()}
-    factor = sympy.igcd(*(c for term, c in whole.items() if term != 1)) if any(t != 1 for t in whole) else 1
-    result = sympy.S.Zero
-    for term, coefficient in whole.items():
-        result += sympy.floor(coefficient / factor) if term == 1 else coefficient / factor * term
-    return sympy.expand(result)
