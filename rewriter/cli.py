@@ -1,0 +1,202 @@
+"""The command `latent`. What needs torch is imported inside the commands, so that `latent --help` answers at once.
+
+Exit codes: 0 fine, 1 error, 2 wrong usage, 3 an expectation failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from enum import Enum
+from typing import Annotated, NoReturn, Optional
+
+import typer
+
+from .console import err, progress, show, table
+
+__all__ = ["app"]
+
+ERROR, USAGE, EXPECTATION = 1, 2, 3
+
+app = typer.Typer(
+    help="Find every attention in a PyTorch model, see what can be rewritten, and why the rest cannot.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Verify(str, Enum):
+    """How many of several identical sites are certified."""
+
+    fast = "fast"
+    full = "full"
+    off = "off"
+
+
+class Phase(str, Enum):
+    """Which call of a language model is looked at."""
+
+    prefill = "prefill"
+    decode = "decode"
+
+
+class Spelling(str, Enum):
+    """How transformers spells attention."""
+
+    eager = "eager"
+    sdpa = "sdpa"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
+
+
+@app.command()
+def explain(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="TARGET",
+            help="A Hugging Face folder, or FILE.py:FACTORY whose factory returns (model, args, kwargs).",
+        ),
+    ],
+    dynamic: Annotated[bool, typer.Option("--dynamic", help="Trace with dynamic shapes.")] = False,
+    rewrite: Annotated[
+        Optional[list[str]],  # noqa: UP045  # typer reads it while running, on Python 3.10 too
+        typer.Option("--rewrite", metavar="NAME", help="Only this rewrite; may be given several times."),
+    ] = None,
+    verify: Annotated[Verify, typer.Option(help="Certify one of several identical sites, every site, or none.")] = (
+        Verify.fast
+    ),
+    expect: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(metavar="NAME=COUNT", help="Exit with 3 when there is less: attention=30, or a rewrite's name."),
+    ] = None,
+    phase: Annotated[Phase, typer.Option(help="For folders: the first forward, or the one for the next token.")] = (
+        Phase.prefill
+    ),
+    tokens: Annotated[int, typer.Option(min=1, help="For folders: how many tokens the prefill has.")] = 32,
+    attention: Annotated[
+        Optional[Spelling],  # noqa: UP045
+        typer.Option(help="For folders: how the attention is spelled; without it, as the folder says."),
+    ] = None,
+    from_config: Annotated[bool, typer.Option("--from-config", help="For folders: random weights.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show each attention of a model, and for each rewrite whether and why; nothing is changed."""
+    counts = _counts(expect or [])
+    with _errors(), _stdout_is_for_us():
+        with progress("importing torch"):
+            import torch
+
+            from .explain import explain as look
+            from .options import read_options
+            from .targets import HFChoices, load_target
+
+            read_options({"rewrites": rewrite or None, "expect": counts})
+        choices = HFChoices(from_config, phase.value, tokens, attention.value if attention else None)
+        with progress(f"loading {target}"):
+            found = load_target(target, choices)
+        with progress("tracing and recognising"), torch.no_grad():
+            run = look(found.model, rewrites=rewrite or None, verify=verify.value, dynamic=dynamic or None)
+            report = run(*found.args, **found.kwargs)
+    short = report.shortfall(counts)
+    if as_json:
+        print(json.dumps({"target": target, "notes": found.notes, "unmet": short, **report.to_dict()}, default=str))
+    else:
+        show("\n".join([target, *(f"  {note}" for note in found.notes), "", str(report)]))
+    if short:
+        err().print("\n".join(f"expectation failed: {text}" for text in short), style="latent.bad", markup=False)
+        raise typer.Exit(EXPECTATION)
+
+
+@app.command()
+def demo(
+    tokens: Annotated[int, typer.Option(min=8, help="How many tokens to generate at most.")] = 64,
+    attention: Annotated[Spelling, typer.Option(help="How the model spells its attention.")] = Spelling.eager,
+    folder: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="DIR", help="Another causal language model with a tokenizer instead of SmolLM2."),
+    ] = None,
+) -> None:
+    """Generate text with a real model (SmolLM2-135M-Instruct), eagerly and compiled, and compare."""
+    with _errors():
+        from .demo import run_demo
+
+        same = run_demo(tokens, attention.value, folder)
+    raise typer.Exit(0 if same else ERROR)
+
+
+@app.command()
+def rewrites(as_json: Json = False) -> None:
+    """List the rewrites in the order in which they run."""
+    with _errors():
+        from .registry import rewrites as registered
+
+        entries = registered()
+    kinds = {True: "exact", False: "lossy"}
+    if as_json:
+        rows = [{"name": e.name, "class": kinds[e.exact], "equation": e.doc, "after": e.after} for e in entries]
+        print(json.dumps(rows))
+        return
+    table([(f"{n}", e.name, kinds[e.exact], e.doc) for n, e in enumerate(entries, 1)], indent=0)
+
+
+@app.command()
+def env(as_json: Json = False) -> None:
+    """Print the versions that a bug report needs."""
+    with _errors():
+        from .environment import environment
+
+        facts = environment()
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        table(list(facts.items()), indent=0)
+
+
+def _counts(texts: list[str]) -> dict[str, int]:
+    """attention=30 -> {"attention": 30}."""
+    counts = {}
+    for text in texts:
+        name, equals, number = text.partition("=")
+        if not (name and equals and number.isdigit()):
+            raise typer.BadParameter(f"{text!r} is not of the form NAME=COUNT, as attention=30", param_hint="--expect")
+        counts[name] = int(number)
+    return counts
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    """Errors in words, with their exit code."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        kind = type(error).__name__
+        if kind == "OptionError":
+            _stop(str(error), USAGE)
+        _stop(str(error) if kind in ("TargetError", "DemoError") else f"{kind}: {error}", ERROR)
+
+
+def _stop(text: str, code: int) -> NoReturn:
+    first, *rest = text.splitlines() or ["unknown error"]
+    console = err()
+    console.print(f"error: {first}", style="latent.bad", markup=False)
+    for line in rest:
+        console.print(f"  {line}", markup=False)
+    raise typer.Exit(code)
+
+
+@contextlib.contextmanager
+def _stdout_is_for_us() -> Iterator[None]:
+    """What models and libraries print goes to stderr, so that stdout holds the result alone."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+if __name__ == "__main__":
+    app()
