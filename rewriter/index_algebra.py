@@ -40,6 +40,10 @@ MAX_DEPTH = 120
 """Operations followed from one element, so that a residual stream is not read to its beginning."""
 
 
+RESHAPES = {"t", "transpose", "squeeze", "unsqueeze", "swapaxes", "swapdims", "as_strided", "resize", "set"}
+"""In place these change a tensor's shape and not its memory."""
+
+
 class IndexReader:
     """Reads the tensors of one graph, each element once. To be made anew when the graph has changed."""
 
@@ -132,7 +136,7 @@ class IndexReader:
 
     def _written(self, write: fx.Node, indices: Indices) -> Value:
         """The element after an in-place operator: what the operator computes from the element before."""
-        if not is_in_place(write):
+        if not is_in_place(write) or self.storages.functional(write) in RESHAPES:
             raise UnreadError(f"is written to by {self.storages.operator(write)}, which is not followed")
         return self._apply(Call(self, write, indices, write), self.storages.functional(write))
 

@@ -20,6 +20,7 @@ class Ranges:
     def __init__(self) -> None:
         self._indices: dict[tuple[str, sympy.Expr], sympy.Symbol] = {}
         self.sizes: dict[sympy.Symbol, sympy.Expr] = {}
+        self._proven: dict[sympy.Expr, bool] = {}
 
     def index(self, name: str, size: sympy.Expr) -> sympy.Symbol:
         """The variable of that name for dimensions of that size."""
@@ -31,7 +32,10 @@ class Ranges:
 
     def nonnegative(self, expr: sympy.Expr) -> bool:
         """Whether expr >= 0 for all index values and all sizes. False means: not proven."""
-        return expr >= 0 if expr.is_Integer else self._least(sympy.expand(expr), 0)
+        expr = sympy.expand(expr)
+        if expr not in self._proven:
+            self._proven[expr] = self._least(expr, 0)
+        return self._proven[expr]
 
     def _least(self, expr: sympy.Expr, depth: int) -> bool:
         if not integer_terms(expr) or depth > MAX_DEPTH:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import sympy
 import torch
@@ -41,7 +41,7 @@ def shape_of(node: fx.Node) -> tuple[sympy.Expr, ...]:
     return tuple(size_of(size) for size in node.meta["val"].shape)
 
 
-def is_tensor(value: object) -> bool:
+def is_tensor(value: object) -> TypeGuard[fx.Node]:
     return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
 
 
@@ -92,13 +92,15 @@ class Call:
     def read(self, source: object, indices: Sequence[sympy.Expr]) -> Value:
         if not is_tensor(source):
             raise UnreadError("reads what is not a tensor")
-        return self.reader.element(source, tuple(indices), self.at)  # type: ignore[arg-type]
+        if source.meta["val"].dim() != len(indices):
+            raise UnreadError("reads a tensor whose shape was changed in place")
+        return self.reader.element(source, tuple(indices), self.at)
 
     def value(self, operand: object) -> Value:
         """The element of an operand that is broadcast to the result; operands may be numbers."""
         if not is_tensor(operand):
             return exact(operand)
-        rank = len(operand.meta["val"].shape)  # type: ignore[union-attr]
+        rank = operand.meta["val"].dim()
         return self.read(operand, self.indices[self.rank - rank :])
 
     def number(self, operand: object) -> Number:

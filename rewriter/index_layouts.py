@@ -30,7 +30,9 @@ def _literal(call: Call) -> Value:
     module = call.node.graph.owning_module
     if isinstance(source, fx.Node) and source.op == "get_attr" and module is not None:
         held = getattr(module, str(source.target), None)
-        if type(held) is torch.Tensor and held.numel() == 1 and not call.reader.storages.writes_before(source, None):
+        if type(held) is torch.Tensor and held.numel() == 1 and not held.is_meta:
+            if call.reader.storages.writes_before(source, None):
+                raise UnreadError("is a constant that is written to")
             return exact(held.item())
     return call.value(source)
 
@@ -137,18 +139,19 @@ def _member(call: Call) -> Value:
     several, which = call.node.args
     if not isinstance(several, fx.Node) or not isinstance(which, int):
         raise UnreadError("is a part of what is not followed")
-    inner = Call(call.reader, several, call.indices, call.at)
-    name = call.reader.storages.operator(several)
+    storages = call.reader.storages
+    inner = Call(call.reader, several, call.indices, several if storages.alias(several) is None else call.at)
+    name = storages.operator(several)
     if name in ("split", "chunk", "split_with_sizes", "unsafe_split", "unsafe_chunk", "tensor_split"):
         dim = inner.dim()
         start = sum((size_of(part.shape[dim]) for part in several.meta["val"][:which]), sympy.S.Zero)
-        return call.read(inner.argument("self"), call.at_dim(dim, start + call.indices[dim]))
+        return inner.read(inner.argument("self"), call.at_dim(dim, start + call.indices[dim]))
     if name == "unbind":
         dim = inner.dim(rank=call.rank + 1)
-        return call.read(inner.argument("self"), (*call.indices[:dim], sympy.Integer(which), *call.indices[dim:]))
+        return inner.read(inner.argument("self"), (*call.indices[:dim], sympy.Integer(which), *call.indices[dim:]))
     if name == "meshgrid":
         source = inner.argument("tensors")[which]
-        if call.reader.storages.writes_before(source, None):
+        if storages.writes_before(source, None):
             raise UnreadError("may share memory with a tensor that is written to")
         axis = 1 - which if inner.argument("indexing", "ij") == "xy" and which < 2 else which
         return call.read(source, call.indices[axis : axis + 1] if shape_of(source) else ())
@@ -285,10 +288,12 @@ def _never_bool(value: Value) -> Const:
 @reads("cumsum")
 def _cumsum(call: Call) -> Value:
     """k + 1 times the same number; sums of other things are not followed."""
-    value = as_number(call.read(call.argument("self"), call.indices))
+    dim = call.dim()
+    anywhere = call.ranges.index("k", call.shape[dim])
+    value = as_number(call.read(call.argument("self"), call.at_dim(dim, anywhere)))
     if not isinstance(value, sympy.Expr) or not value.is_Integer:
         raise UnreadError("is a running sum")
-    return value * (call.indices[call.dim()] + 1) if value else value
+    return value * (call.indices[dim] + 1)
 
 
 # ** constants **

@@ -96,18 +96,24 @@ def _fit(number: sympy.Expr, dtype: torch.dtype, ranges: Ranges, loads: Mapping[
         raise UnreadError("rounds to integers")
     if not all(term.is_integer for term in terms):
         raise UnreadError("holds values that are no integers")
-    if not _within(number, _LARGEST.get(dtype, 2**53), ranges) and (dtype in _NARROW or _known(number, ranges)):
+    bound = _magnitude(number, ranges)
+    if dtype in _NARROW if bound is None else bound > _LARGEST.get(dtype, 2**53):
         raise UnreadError(f"holds positions that may not be exact in {dtype}".replace("torch.", ""))
     return number
 
 
-def _known(number: sympy.Expr, ranges: Ranges) -> bool:
-    """Whether all sizes behind the number are known."""
-    return all(symbol in ranges.sizes and ranges.sizes[symbol].is_Integer for symbol in number.free_symbols)
-
-
-def _within(number: sympy.Expr, largest: int, ranges: Ranges) -> bool:
-    return ranges.nonnegative(largest - number) and ranges.nonnegative(largest + number)
+def _magnitude(expr: sympy.Expr, ranges: Ranges) -> int | None:
+    """A number that |expr| never passes; None when sizes or loaded values leave it open."""
+    if expr.is_number:
+        return int(abs(sympy.ceiling(expr))) + 1
+    if expr.is_Symbol:
+        size = ranges.sizes.get(expr)
+        return int(size) if size is not None and size.is_Integer else None
+    parts = [_magnitude(part, ranges) for part in expr.args]
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts) or not (expr.is_Add or expr.is_Mul or isinstance(expr, sympy.floor)):
+        return None
+    return math.prod(known) if expr.is_Mul else sum(known) + 1
 
 
 def _rounded(number: sympy.Expr, dtype: torch.dtype) -> sympy.Expr:

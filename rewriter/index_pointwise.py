@@ -8,10 +8,11 @@ import sympy
 import torch
 from torch import fx
 
-from .index_call import Call, reads
+from .index_call import Call, is_tensor, reads
 from .index_numbers import as_dtype
 from .index_values import (
     Bool,
+    Comparison,
     Number,
     UnreadError,
     Value,
@@ -148,26 +149,29 @@ def _abs(call: Call) -> Value:
 # ** comparisons and logic **
 
 
-@reads("eq", "ne", "lt", "le", "gt", "ge", "not_equal", "less", "less_equal", "greater", "greater_equal")
+_COMPARISONS: dict[str, Comparison] = {
+    **{"eq": "eq", "ne": "ne", "lt": "lt", "le": "le", "gt": "gt", "ge": "ge"},
+    **{"not_equal": "ne", "less": "lt", "less_equal": "le", "greater": "gt", "greater_equal": "ge"},
+}
+
+
+@reads(*_COMPARISONS)
 def _compare(call: Call) -> Value:
     name = call.reader.storages.functional(call.node)
     left, right = _operands(call)
-    op = _SHORT.get(name, name)
+    op = _COMPARISONS[name]
     if is_bool(left) and is_bool(right) and op in ("eq", "ne"):
-        same = same_truth(left, right)  # type: ignore[arg-type]
+        same = same_truth(left, right)
         return same if op == "eq" else negation(same)
     dtype = _compared_in(call)
     ours, theirs = (as_dtype(value, dtype, call.ranges, call.reader.loads) for value in (left, right))
-    return call.compare(op, as_number(ours), as_number(theirs))  # type: ignore[arg-type]
-
-
-_SHORT = {"not_equal": "ne", "less": "lt", "less_equal": "le", "greater": "gt", "greater_equal": "ge"}
+    return call.compare(op, as_number(ours), as_number(theirs))
 
 
 def _compared_in(call: Call) -> torch.dtype:
     """The dtype in which two operands meet."""
     left, right = _stand_in(call.argument("self")), _stand_in(call.argument("other"))
-    dtype: torch.dtype = torch.result_type(left, right)  # type: ignore[call-overload]
+    dtype: torch.dtype = torch.result_type(left, right)
     return torch.int64 if dtype is torch.bool else dtype
 
 
@@ -181,8 +185,8 @@ def _stand_in(operand: object) -> torch.Tensor | float:
 
 def _truth(value: Value) -> Bool:
     if is_bool(value):
-        return value  # type: ignore[return-value]
-    return compare("ne", value, sympy.S.Zero)  # type: ignore[arg-type]
+        return value
+    return compare("ne", value, sympy.S.Zero)
 
 
 @reads("logical_and", "bitwise_and", "__and__")
@@ -227,6 +231,17 @@ def _where(call: Call) -> Value:
 def _masked_fill(call: Call) -> Value:
     hidden = _truth(call.value(call.argument("mask")))
     return _chosen(call, hidden, call.value(call.argument("value")), call.value(call.argument("self")))
+
+
+@reads("index_put")
+def _index_put(call: Call) -> Value:
+    """x[mask] = number."""
+    mask, values = call.argument("indices")[0], call.argument("values")
+    whole = is_tensor(mask) and mask.meta["val"].dtype is torch.bool and mask.meta["val"].dim() == call.rank
+    if not whole or call.argument("accumulate", False) or values.meta["val"].numel() != 1:
+        raise UnreadError("is assigned to at positions that are not followed")
+    new = call.read(values, [sympy.S.Zero] * values.meta["val"].dim())
+    return _chosen(call, _truth(call.value(mask)), new, call.value(call.argument("self")))
 
 
 def _chosen(call: Call, condition: Bool, then: Value, other: Value) -> Value:

@@ -25,7 +25,9 @@ def _schema(node: fx.Node) -> Any:
 
 def is_in_place(write: fx.Node) -> bool:
     """Whether the operator writes to its first argument and to nothing else."""
-    arguments = _schema(write).arguments
+    if (schema := _schema(write)) is None:
+        return False
+    arguments = schema.arguments
     return [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write] == [arguments[0].name]
 
 
@@ -107,6 +109,8 @@ class Storages:
     def _written(self, node: fx.Node) -> list[fx.Node]:
         """The arguments whose elements a node changes."""
         schema = _schema(node)
+        if schema is None and node.op == "call_function" and "mutation" in self.operator(node):
+            return list(node.all_input_nodes)  # a kernel of the user's
         if schema is None or not schema.is_mutable or self.operator(node) in _KEEPS_VALUES:
             return []
         written: list[fx.Node] = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeGuard
 
 import sympy
 from torch import fx
@@ -84,7 +84,7 @@ TRUE, FALSE = Const(True), Const(False)
 BOOLS = (Const, Truth, Compare, Not, And, Or)
 
 
-def is_bool(value: Value) -> bool:
+def is_bool(value: Value) -> TypeGuard[Bool]:
     return isinstance(value, BOOLS)
 
 

@@ -137,13 +137,13 @@ class _Reading:
     def loaded(self, load: Load, relation: Relation, value: sympy.Expr) -> MaskTerm:
         """load relation value."""
         free = _free(load.indices)
+        if self.positions(value):
+            return Opaque(f"Positions are compared with {load.node.name}, which {load.reason}", load.node)
         if free & self.names.query and free & self.names.key:
             return Opaque(f"{load.node.name} {load.reason}", load.node)
         if not free & self.names.key:
             what = "whole queries" if free & self.names.query else "all keys at once"
             return Opaque(f"{load.node.name} hides {what}, and it {load.reason}", load.node)
-        if value.free_symbols & (self.names.query | self.names.key):
-            return Opaque(f"Positions are compared with {load.node.name}, which {load.reason}", load.node)
         return Padding(load.node, self.names.publics(load.indices), relation, self.names.public(value), load.epoch)
 
     def pair(self, expr: sympy.Expr) -> tuple[Load, Load, sympy.Expr] | None:

@@ -139,11 +139,11 @@ class MaskReader:
         """The condition under which a key is visible, and the values added elsewhere."""
         if form != "additive":
             keep = value if is_bool(value) else compare("ne", as_number(value), sympy.S.Zero)
-            return (keep if form == "keep" else negation(keep)), set()  # type: ignore[arg-type,return-value]
+            return (keep if form == "keep" else negation(keep)), set()
         if is_bool(value):
             raise UnreadError("The mask is boolean, and adding it hides nothing")
         hidden: set[float] = set()
-        return self._additive(value, TRUE, hidden, names), hidden  # type: ignore[arg-type]
+        return self._additive(value, TRUE, hidden, names), hidden
 
     def _additive(self, value: Number, path: Bool, hidden: set[float], names: Naming) -> Bool:
         """Where the number is 0, when on this path all others are large and negative."""
