@@ -11,18 +11,10 @@ import sympy
 import torch
 from latent.rewriter.index_algebra import IndexReader
 from latent.rewriter.index_values import And, Bool, Compare, Const, Not, Or, Truth, Value, Where
+from mask_tools import trace
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
 T = torch.tensor
-
-
-def trace(function: Callable[..., Any], *inputs: torch.Tensor) -> fx.GraphModule:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fakes = [mode.from_tensor(tensor, static_shapes=True) for tensor in inputs]
-    with mode:
-        return make_fx(function, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
 
 
 def result(gm: fx.GraphModule) -> fx.Node:
@@ -33,9 +25,7 @@ def result(gm: fx.GraphModule) -> fx.Node:
 
 def read(node: fx.Node) -> tuple[IndexReader, tuple[sympy.Symbol, ...], Value]:
     reader = IndexReader(node.graph)
-    indices = tuple(
-        reader.ranges.index(f"k{d}", sympy.Integer(size)) for d, size in enumerate(node.meta["val"].shape)
-    )
+    indices = tuple(reader.ranges.index(f"k{d}", sympy.Integer(size)) for d, size in enumerate(node.meta["val"].shape))
     return reader, indices, reader.element(node, indices)
 
 
