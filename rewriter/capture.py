@@ -86,9 +86,7 @@ def untouched_copy(gm: fx.GraphModule) -> fx.GraphModule:
 # ** inputs **
 
 
-def _fakes(
-    gm: fx.GraphModule, placeholders: Sequence[fx.Node], example_inputs: Sequence[object]
-) -> list[object]:
+def _fakes(gm: fx.GraphModule, placeholders: Sequence[fx.Node], example_inputs: Sequence[object]) -> list[object]:
     """What stands for each input: the value Dynamo traced with, or for graphs of other origin one made here."""
     held = [
         node.meta.get("example_value", node.meta.get("val", given))

@@ -19,7 +19,7 @@ from torch._dynamo.source import ConstantSource  # 2.13
 from torch._guards import Source  # 2.13
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # 2.13
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 from torch.fx.experimental.symbolic_shapes import statically_known_true as _known_true
 
 __all__ = [
@@ -43,11 +43,15 @@ __all__ = [
     "inference_switch",
     "is_static_input",
     "list_mode_options",
+    "new_unbacked_symbols",
     "random_ops_kept",
     "set_checkpoint_policy",
     "size_hints",
     "source_name",
     "statically_known_true",
+    "storage_of",
+    "switches_mode",
+    "symbolic_functions",
     "trace_pre_dispatch",
     "version_of",
 ]
@@ -93,6 +97,30 @@ def expr_of(value: object) -> sympy.Expr:
 def statically_known_true(condition: bool | torch.SymBool) -> bool:
     """Whether `condition` holds for every input that the guards let in. Adds no guard."""
     return _known_true(condition)
+
+
+def storage_of(value: object) -> int | None:
+    """A number that two tensors share exactly when they share a storage; None for anything without a storage."""
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+        return None
+    return int(value.untyped_storage()._cdata)  # 2.13
+
+
+def new_unbacked_symbols(node: fx.Node) -> bool:
+    """Whether a node makes a size or number that only running the graph tells, as `nonzero` does."""
+    known = {s for given in node.all_input_nodes for s in free_unbacked_symbols(_values(given))}
+    return bool(set(free_unbacked_symbols(_values(node))) - known)
+
+
+def _values(node: fx.Node) -> list[Any]:
+    wanted = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
+    return [v for v in torch.utils._pytree.tree_leaves(node.meta.get("val")) if isinstance(v, wanted)]  # 2.13
+
+
+def symbolic_functions() -> frozenset[Callable[..., Any]]:
+    """torch's functions of sizes: `torch.sym_max` and the like; the ones that `math` is traced into are private."""
+    names = [name for name in dir(torch) if name.startswith(("sym_", "_sym_"))]  # 2.13
+    return frozenset(getattr(torch, name) for name in names if "constrain" not in name and "fresh" not in name)
 
 
 def version_of(tensor: torch.Tensor) -> int:
@@ -152,6 +180,11 @@ def autocast_switch(target: object) -> bool | None:
     return False if target is torch.amp.autocast_mode._exit_autocast else None  # 2.13
 
 
+def switches_mode(target: object) -> bool:
+    """Whether a node switches grad mode or autocast for the nodes behind it."""
+    return target is torch._C._set_grad_enabled or autocast_switch(target) is not None  # 2.13
+
+
 def checkpoint_body(target: object, body: object) -> fx.GraphModule | None:
     """The graph of an activation checkpoint when it lacks the policy that a second trace asks it for, else None."""
     if target is not torch.ops.higher_order.tag_activation_checkpoint or not isinstance(body, fx.GraphModule):
@@ -201,7 +234,7 @@ def copy_module_facts(old: fx.GraphModule, new: fx.GraphModule) -> None:
     new.meta = dict(old.meta)
     for name in ("_param_name_to_source", "_source_to_user_stacks"):  # 2.13
         if hasattr(old, name):
-            setattr(new, name, dict(getattr(old, name) or {}))
+            vars(new)[name] = dict(getattr(old, name) or {})
 
 
 def adopt_constants(gm: fx.GraphModule) -> None:
@@ -221,7 +254,8 @@ def adopt_constants(gm: fx.GraphModule) -> None:
         return
     known: dict[str, Source] = dict(getattr(gm, "_param_name_to_source", None) or {})  # 2.13
     tensors = [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]
-    gm._param_name_to_source = known | {n: ConstantSource(n) for n, _ in tensors if n not in known}
+    adopted: dict[str, Source] = {n: ConstantSource(n) for n, _ in tensors if n not in known}
+    vars(gm)["_param_name_to_source"] = known | adopted
 
 
 def add_input(gm: fx.GraphModule, name: str, value: torch.Tensor, after: fx.Node | None) -> fx.Node:
@@ -289,9 +323,7 @@ def emit_trace_artifact(name: str, text: str) -> None:
     """Add a text to torch's structured trace log (TORCH_TRACE), where `tlparse` shows it."""
     from torch._logging._internal import trace_structured  # 2.13
 
-    trace_structured(
-        "artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=lambda: text
-    )
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=lambda: text)
 
 
 # ** symbols **

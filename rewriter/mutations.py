@@ -1,42 +1,75 @@
-"""Which nodes write to which storage, and when. A write is never lost or reordered."""
+"""Which nodes write to which storage, and when. A write is never lost or reordered.
+
+Two tensors share a storage when the trace says so: the fake tensors in `meta["val"]` are views of one another exactly
+where the real ones are, also where a schema leaves it open (`reshape`, `contiguous`, `einsum`). Nodes without values
+are judged by their schema, which may report sharing that is none, never the reverse.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from .layouts import layout_step
+from .compat import HigherOrderOperator, OpOverload, storage_of
+
+__all__ = ["Mutations", "base_of", "mutations", "visible_writes", "writes"]
 
 
 def writes(node: fx.Node) -> tuple[fx.Node, ...]:
-    """The inputs that a node writes to, by its schema."""
-    schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or schema is None or not schema.is_mutable:
+    """The inputs that a node writes to. A higher-order operator may write to any tensor it is given."""
+    if node.op != "call_function":
         return ()
-    written = []
+    if isinstance(node.target, HigherOrderOperator):
+        return tuple(n for n in node.all_input_nodes if storage_of(n.meta.get("val")) is not None)
+    if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
+        return ()
+    return tuple(_annotated(node, write=True))
+
+
+def _annotated(node: fx.Node, write: bool) -> Iterator[fx.Node]:
+    """Arguments that the schema marks as written to, or as shared with a result."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    shared = {name for result in schema.returns if result.alias_info for name in result.alias_info.before_set}
     for position, argument in enumerate(schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
+        info = argument.alias_info
+        if info is None or not (info.is_write if write else info.before_set & shared):
             continue
         given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-        written += [n for n in (given if isinstance(given, list | tuple) else [given]) if isinstance(n, fx.Node)]
-    return tuple(written)
+        yield from (n for n in (given if isinstance(given, list | tuple) else [given]) if isinstance(n, fx.Node))
+
+
+def _shared_input(node: fx.Node) -> fx.Node | None:
+    """The input whose storage the result of a node lies in, or None when it has its own."""
+    if node.op != "call_function":
+        return None
+    mine = storage_of(node.meta.get("val"))
+    known = [(given, storage_of(given.meta.get("val"))) for given in node.all_input_nodes]
+    if mine is not None and (same := next((given for given, theirs in known if theirs == mine), None)):
+        return same
+    if node.target is operator.getitem:
+        source = node.args[0]
+        return source if isinstance(source, fx.Node) else None
+    if isinstance(node.target, OpOverload):
+        marked = next(_annotated(node, write=False), None)
+        if marked is not None and (mine is None or storage_of(marked.meta.get("val")) is None):
+            return marked
+        if torch.Tag.maybe_aliasing_or_mutating in node.target.tags:  # dropout in eval returns its input
+            return next((given for given, theirs in known if theirs is not None), None)
+    return None
 
 
 def base_of(node: fx.Node) -> fx.Node:
-    """The node whose storage this one may share: views and in-place results followed up."""
-    while True:
-        if written := writes(node):
-            node = written[0]
-        elif (step := layout_step(node)) is not None and node.target not in _COPIES:
-            node = step.source
-        else:
-            return node
-
-
-_COPIES = {torch.ops.aten.clone.default, torch.ops.aten.repeat.default, torch.ops.aten.lift_fresh_copy.default}
+    """The node whose storage this one lies in: views and in-place results followed up, aliased inputs united."""
+    while (source := _shared_input(node)) is not None:
+        node = source
+    if node.op == "placeholder" and (mine := storage_of(node.meta.get("val"))) is not None:
+        inputs = node.graph.find_nodes(op="placeholder")
+        return next((other for other in inputs if storage_of(other.meta.get("val")) == mine), node)
+    return node
 
 
 @dataclass(frozen=True)
@@ -50,8 +83,7 @@ class Mutations:
     def of(cls, graph: fx.Graph) -> Mutations:
         found: dict[fx.Node, tuple[fx.Node, ...]] = {}
         for node in graph.nodes:
-            for written in writes(node):
-                base = base_of(written)
+            for base in dict.fromkeys(base_of(written) for written in writes(node)):
                 found[base] = (*found.get(base, ()), node)
         return cls(found, graph)
 
@@ -59,6 +91,25 @@ class Mutations:
         """A write to the tensor's storage after `first` and before `last`."""
         return next((w for w in self.writes.get(base_of(tensor), ()) if first < w < last), None)
 
-    def epoch(self, node: fx.Node) -> int:
-        """How many writes to the storage that `node` reads come before it."""
-        return sum(w < node for w in self.writes.get(base_of(node), ()))
+    def epoch(self, node: fx.Node, tensor: fx.Node | None = None) -> int:
+        """How many writes come before `node` to the storage of `tensor`, by default to the one that `node` lies in.
+
+        Two reads of one tensor give the same values when their epochs are equal.
+        """
+        return sum(w < node for w in self.writes.get(base_of(node if tensor is None else tensor), ()))
+
+
+def mutations(graph: fx.Graph) -> Mutations:
+    """The writes of a graph. Valid until the graph is edited."""
+    return Mutations.of(graph)
+
+
+def visible_writes(graph: fx.Graph) -> tuple[tuple[str, str], ...]:
+    """(operator, input written to) in order, for the writes that outlive a call: to inputs and to module tensors."""
+    found = []
+    for node in graph.nodes:
+        if isinstance(node.target, HigherOrderOperator):
+            continue  # what it writes is not known, and it is itself never removed
+        bases = (base_of(written) for written in writes(node))
+        found += [(str(node.target), base.name) for base in bases if base.op in ("placeholder", "get_attr")]
+    return tuple(found)

@@ -80,7 +80,7 @@ def _library_folders() -> tuple[str, ...]:
 
 def _is_library(file: str) -> bool:
     """Code that is nobody's model: torch, the standard library, this package, generated code."""
-    if file.startswith(("<", *_library_folders())):
+    if file.startswith(("<eval_with_key", "<frozen", *_library_folders())):
         return True
     in_packages = "/site-packages/" in file or "/dist-packages/" in file
     return not in_packages and file.startswith(f"{sysconfig.get_paths()['stdlib']}/")
@@ -89,9 +89,7 @@ def _is_library(file: str) -> bool:
 @functools.lru_cache(maxsize=65536)
 def user_frames(stack_trace: str) -> tuple[SourceLine, ...]:
     """The frames of a stack trace outside torch, the standard library and this package, outermost first."""
-    found = (
-        SourceLine(m["file"], int(m["line"]), (m["code"] or "").strip()) for m in _FRAME.finditer(stack_trace)
-    )
+    found = (SourceLine(m["file"], int(m["line"]), (m["code"] or "").strip()) for m in _FRAME.finditer(stack_trace))
     return tuple(frame for frame in found if not _is_library(frame.file))
 
 
