@@ -1,7 +1,8 @@
 """latent::attention: softmax(scale · q kᵀ + mask) v over grouped heads, and the plain forms it is lowered to.
 
 Dimensions: B batch, H query heads, K key heads (H = K · G), S query tokens, T key tokens, D query/key width, E value
-width. The mask is additive or boolean (True: visible) and broadcasts to [B, H, S, T]; `causal` hides j > i (top left).
+width. The mask is additive or boolean (True: visible) and broadcasts to [B, H, S, T]; `causal` hides j > i (top left);
+`grouped` says H = K · G with G > 1, which symbolic sizes do not tell.
 """
 
 from __future__ import annotations
@@ -12,15 +13,20 @@ from torch import Tensor
 
 torch.library.define(
     "latent::attention",
-    "(Tensor query, Tensor key, Tensor value, Tensor? mask, float? scale, bool causal) -> Tensor",
+    "(Tensor query, Tensor key, Tensor value, Tensor? mask, float? scale, bool causal, bool grouped) -> Tensor",
 )
 
 
 def attention(
-    query_BHSD: Tensor, key_BKTD: Tensor, value_BKTE: Tensor, mask: Tensor | None, scale: float | None, causal: bool
+    query_BHSD: Tensor,
+    key_BKTD: Tensor,
+    value_BKTE: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    causal: bool,
+    grouped: bool,
 ) -> Tensor:
     """The reference body: [B, H, S, E]."""
-    grouped = query_BHSD.shape[1] != key_BKTD.shape[1]
     return F.scaled_dot_product_attention(
         query_BHSD, key_BKTD, value_BKTE, mask, is_causal=causal, scale=scale, enable_gqa=grouped
     )
@@ -30,7 +36,13 @@ torch.library.impl("latent::attention", "CompositeImplicitAutograd", attention)
 
 
 def one_query_per_group(
-    query_BH1D: Tensor, key_BKTD: Tensor, value_BKTE: Tensor, mask: Tensor | None, scale: float | None, causal: bool
+    query_BH1D: Tensor,
+    key_BKTD: Tensor,
+    value_BKTE: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    causal: bool,
+    grouped: bool,
 ) -> Tensor:
     """One query token: the G query heads of a key head become G rows, so that no key is read G times.
 
@@ -46,11 +58,16 @@ def one_query_per_group(
 
 
 def padded_values(
-    query_BHSD: Tensor, key_BKTD: Tensor, value_BKTE: Tensor, mask: Tensor | None, scale: float | None, causal: bool
+    query_BHSD: Tensor,
+    key_BKTD: Tensor,
+    value_BKTE: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    causal: bool,
+    grouped: bool,
 ) -> Tensor:
     """E < D: values padded with zeros to D, because fused kernels want one width; the padding is cut off again."""
     D, E = query_BHSD.shape[3], value_BKTE.shape[3]
-    grouped = query_BHSD.shape[1] != key_BKTD.shape[1]
     padded_BKTD = F.pad(value_BKTE, (0, D - E))
     out_BHSD = F.scaled_dot_product_attention(
         query_BHSD, key_BKTD, padded_BKTD, mask, is_causal=causal, scale=scale, enable_gqa=grouped

@@ -52,7 +52,7 @@ def latent_attention(node: fx.Node) -> AttentionCall | None:
         _scale(query, node.args[4]),
         bool(node.args[5]),
         mask,  # type: ignore[arg-type]
-        grouped=True,
+        grouped=bool(node.args[6]),
     )
 
 

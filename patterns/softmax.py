@@ -98,7 +98,7 @@ def exponentials_over_their_sum(node: fx.Node) -> SoftmaxSpelling | None:
             found = SoftmaxSpelling(
                 node, node.args[0], dim, node, sink=divisor.sink, base=base, inexact=divisor.inexact
             )
-            for quotient, numerator in _quotients(divisor.node):
+            for quotient, numerator in _quotients(divisor):
                 if node in _upwards(numerator, casts=True) and shape_of(numerator) == shape_of(node):
                     if _lines_up(total, divisor.node, node, dim):
                         return replace(found, weights=quotient)
@@ -133,6 +133,7 @@ class _Divisor:
     node: fx.Node
     sink: float | None = None
     inexact: str | None = None
+    reciprocal: bool = False
 
 
 def _divisors(total: fx.Node, scores: fx.Node) -> Iterator[_Divisor]:
@@ -145,6 +146,8 @@ def _divisors(total: fx.Node, scores: fx.Node) -> Iterator[_Divisor]:
             step = layout_step(user)
             if (step is not None and step.source is divisor.node) or is_cast(user):
                 pending.append(replace(divisor, node=user))
+            elif _is_reciprocal(user):
+                pending.append(replace(divisor, node=user, reciprocal=not divisor.reciprocal))
             elif user.target in _ADD and divisor.sink is None:
                 other = user.args[1] if user.args[0] is divisor.node else user.args[0]
                 if _is_score_zero(other, scores):
@@ -166,17 +169,20 @@ def _is_score_zero(value: object, scores: fx.Node) -> bool:
     return isinstance(negated, fx.Node) and negated.target is aten.neg.default and negated.args[0] is scores.args[1]
 
 
-def _quotients(divisor: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """(quotient, numerator) of every division by `divisor`, also by its reciprocal."""
-    for user in divisor.users:
-        if user.target in _DIV and user.args[1] is divisor and isinstance(user.args[0], fx.Node):
-            yield user, user.args[0]
-        elif user.target is aten.reciprocal.default:
-            for product in user.users:
-                if product.target in _MUL:
-                    other = product.args[1] if product.args[0] is user else product.args[0]
-                    if isinstance(other, fx.Node):
-                        yield product, other
+def _is_reciprocal(node: fx.Node) -> bool:
+    power = node.target is aten.pow.Tensor_Scalar and node.args[1] == -1
+    return power or node.target is aten.reciprocal.default
+
+
+def _quotients(divisor: _Divisor) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """(quotient, numerator) of every division by the divisor, or multiplication by its reciprocal."""
+    for user in divisor.node.users:
+        if not divisor.reciprocal and user.target in _DIV and user.args[1] is divisor.node:
+            yield user, user.args[0]  # type: ignore[misc]
+        elif divisor.reciprocal and user.target in _MUL:
+            other = user.args[1] if user.args[0] is divisor.node else user.args[0]
+            if isinstance(other, fx.Node):
+                yield user, other
 
 
 def _upwards(node: object, casts: bool = False) -> Iterator[fx.Node]:

@@ -271,7 +271,7 @@ def _divide_later(
             if moved is None:
                 raise Refused("the value product is cut before it is divided by the row sums", user, 2)
             layout = moved
-        elif len(user.args) > 1 and user.args[1] is spelling.divided_later and user.args[0] is output:
+        elif set(user.args[:2]) == {output, spelling.divided_later}:
             _check_rows(spelling, values, layout, space, user)
             path.append(user)
             return user, layout, tuple(path)

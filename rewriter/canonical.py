@@ -153,6 +153,10 @@ def _number(emit: Emitter, like: fx.Node, value: float, dtype: torch.dtype) -> f
     return emit.call(aten.scalar_tensor.default, value, dtype=dtype, device=device)
 
 
+def _shape_of_output(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: object) -> torch.Tensor:
+    return query.new_empty((*query.shape[:3], value.shape[3]))
+
+
 def emit_attention(
     emit: Emitter,
     form: Canonical,
@@ -169,6 +173,8 @@ def emit_attention(
         shape = [d for d in mask.meta["val"].shape]
         if len(shape) != 4:
             raise ValueError(f"a mask of {len(shape)} dimensions is not canonical")
-    out = emit.call(torch.ops.latent.attention.default, query, key, value, mask, scale, causal)
+    grouped = form.folded and bool(site.axes.groups)
+    target = torch.ops.latent.attention.default
+    out = emit.known(target, _shape_of_output, query, key, value, mask, scale, causal, grouped)
     out = emit.relayout(out, form.rows(site.axes.value_width), site.output_layout)
     return emit.cast(out, site.output.meta["val"].dtype)

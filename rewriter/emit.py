@@ -51,12 +51,16 @@ class Emitter:
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """One new node. Raises whatever the operator raises for arguments that do not fit."""
+        return self.known(target, None, *args, **kwargs)
+
+    def known(self, target: Callable[..., Any], shaped: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> fx.Node:
+        """One new node whose value has the shape and dtype that `shaped` computes from the same arguments."""
         args, kwargs = fx.node.map_arg((args, kwargs), lambda node: self._replaced.get(node, node))
         values = fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
         with fake_mode_of_value(values) as mode:
             if isinstance(mode, FakeTensorMode):  # constants of the graph are real tensors
                 values = pytree.tree_map_only(torch.Tensor, lambda t: as_fake(t, mode), values)
-            value = target(*values[0], **values[1])
+            value = (shaped or target)(*values[0], **values[1])
         with self._graph.inserting_before(self._before):
             node = self._graph.call_function(target, args, kwargs)
         node.meta["val"] = value

@@ -88,7 +88,8 @@ class Expand(Step):
     before: tuple[Size, ...]
     after: tuple[Size, ...]
 
-    def _repeated(self) -> list[bool]:
+    def repeated(self) -> list[bool]:
+        """Which dimensions of the output repeat one element."""
         lead = len(self.after) - len(self.before)
         return [
             i < lead or (same_size(self.before[i - lead], 1) and not same_size(size, 1))
@@ -101,12 +102,12 @@ class Expand(Step):
         dims = [() if i < lead else next(old) for i in range(len(self.after))]
         return tuple(
             space.fresh("x", size) if repeated else dim
-            for dim, size, repeated in zip(dims, self.after, self._repeated(), strict=True)
+            for dim, size, repeated in zip(dims, self.after, self.repeated(), strict=True)
         )
 
     def undo(self, layout: Layout, space: AxisSpace) -> Layout | None:
         lead = len(self.after) - len(self.before)
-        kept = zip(layout, self._repeated(), strict=True)
+        kept = zip(layout, self.repeated(), strict=True)
         return tuple(() if repeated else dim for dim, repeated in kept)[lead:]
 
 

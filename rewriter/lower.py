@@ -29,7 +29,10 @@ def lower(gm: fx.GraphModule) -> tuple[Lowering, ...]:
     for node in list(gm.graph.nodes):
         if node.op == "call_function" and str(node.target).startswith("latent."):
             form, reason = choose(node)
-            inline(node, form)
+            if str(node.target) == "latent.attention.default" and form.__name__ == "attention":
+                _call_library(node)
+            else:
+                inline(node, form)
             done.append(Lowering(str(node.target).removesuffix(".default").replace(".", "::", 1), getattr(form, "__name__", str(form)), reason))
     gm.recompile()
     return tuple(done)
@@ -45,11 +48,19 @@ def choose(node: fx.Node) -> tuple[Callable[..., Any], str]:
     if device != "cpu":
         return kernels.attention, f"scaled_dot_product_attention on {device}"
     widths_differ = query[3] != value[3]
-    if query[2] == 1 and query[1] != key[1] and not causal and not widths_differ:
+    if query[2] == 1 and node.args[6] and not causal and not widths_differ:
         return kernels.one_query_per_group, "one query token: a group's heads are rows of one product"
     if widths_differ and all(isinstance(d, int) for d in (query[3], value[3])) and query[3] > value[3]:  # type: ignore[operator]
         return kernels.padded_values, f"values padded from {value[3]} to {query[3]}, the width of the keys"
     return kernels.attention, "scaled_dot_product_attention"
+
+
+def _call_library(node: fx.Node) -> None:
+    """latent::attention as the library call that its body is, without tracing the body."""
+    query, key, value, mask, scale, causal, grouped = node.args
+    node.target = torch.ops.aten.scaled_dot_product_attention.default
+    node.args = (query, key, value, mask, 0.0, causal)
+    node.kwargs = {"scale": scale, "enable_gqa": grouped}
 
 
 def inline(node: fx.Node, form: Callable[..., Any]) -> None:

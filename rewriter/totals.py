@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from .axes import AxisSpace, Layout
-from .layouts import layout_step, shape_of
+from .layouts import Expand, layout_step, shape_of
 
 
 def layout_of_total(total: fx.Node, divisor: fx.Node, layout: Layout, dim: int, space: AxisSpace) -> Layout | None:
@@ -18,6 +18,8 @@ def layout_of_total(total: fx.Node, divisor: fx.Node, layout: Layout, dim: int, 
         step = layout_step(node)
         if step is not None and current is not None:
             current = step.apply(space.resolve_layout(current), space)
+        if isinstance(step, Expand) and current is not None:  # repeating a sum changes nothing
+            current = tuple(() if again else dim for dim, again in zip(current, step.repeated(), strict=True))
     return current
 
 
