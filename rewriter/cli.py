@@ -114,7 +114,7 @@ def explain(
 
 @app.command()
 def demo(
-    tokens: Annotated[int, typer.Option(min=8, help="How many tokens to generate at most.")] = 64,
+    tokens: Annotated[int, typer.Option(min=8, help="How many tokens to generate at most.")] = 48,
     attention: Annotated[Spelling, typer.Option(help="How the model spells its attention.")] = Spelling.eager,
     folder: Annotated[
         Optional[str],  # noqa: UP045

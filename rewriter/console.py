@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -67,7 +67,7 @@ def show(text: str) -> None:
     console.print(ReportHighlighter()(text) if console.is_terminal else text, markup=False)
 
 
-def table(rows: list[tuple[str, ...]], indent: int = 2) -> None:
+def table(rows: Sequence[tuple[str, ...]], indent: int = 2) -> None:
     """Left-aligned columns, three spaces apart."""
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))] if rows else []
     for row in rows:

@@ -12,7 +12,6 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from .environment import cpp_compiler
 
 __all__ = ["DemoError", "run_demo"]
 
-PROMPT = "Explain in three sentences why the sky is blue."
+PROMPT = "Why is the sky blue? Answer in one sentence."
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -65,15 +64,17 @@ def run_demo(tokens: int, attention: str, folder: str | None = None) -> bool:
             ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, cache_implementation="static")
         return ids[0, inputs["input_ids"].shape[1] :].tolist(), time.perf_counter() - start
 
-    eager, eager_time = _twice(generate, "generating eagerly")
+    with progress("generating eagerly"):
+        eager, eager_time = generate()
     options = {} if cpp_compiler() else {"inner": "eager"}
     before = len(reports().graphs)
     model.compile(backend="latent", options=options) if options else model.compile(backend="latent")
     with progress("compiling (rewrites, then inductor)"):
         _, first_time = generate()
-    compiled, compiled_time = _twice(generate, "generating with latent")
+    with progress("generating with latent"):
+        compiled, compiled_time = generate()
 
-    heading("model.compile(backend=\"latent\"); model.generate(...)")
+    heading('model.compile(backend="latent"); model.generate(...)')
     show(f"user        {PROMPT}")
     show(f"assistant   {tokenizer.decode(compiled, skip_special_tokens=True).strip()}\n")
     _show_result(eager, compiled, eager_time, compiled_time, first_time)
@@ -83,15 +84,8 @@ def run_demo(tokens: int, attention: str, folder: str | None = None) -> bool:
     return eager == compiled
 
 
-def _twice(generate: Callable[[], tuple[list[int], float]], what: str) -> tuple[list[int], float]:
-    """The tokens, and the shorter of two times."""
-    with progress(what):
-        (ids, first), (_, second) = generate(), generate()
-    return ids, min(first, second)
-
-
 def _show_result(eager: list[int], compiled: list[int], slow: float, fast: float, first: float) -> None:
-    agreed = sum(1 for _ in _common(eager, compiled))
+    agreed = len(_common(eager, compiled))
     if eager == compiled:
         show(f"✓ the same {len(compiled)} tokens as eager")
     else:
