@@ -1,0 +1,58 @@
+"""A mask tensor that provably is plain causal, or hides nothing, becomes a flag, or nothing."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from .. import rewrite
+from ..kernels import attention as _attention  # noqa: F401  # defines latent::attention
+from ..rewriter.axes import size_of
+from ..rewriter.canonical import Canonical, emit_attention, place, width_of
+from ..rewriter.emit import Emitter
+from ..rewriter.rules import Benefit, Cost, Match, Refusal
+from ..rewriter.sites import AttentionSite
+
+
+@rewrite("replace_proven_mask", exact=True, after=("fuse_attention", "fold_repeated_heads"))
+class ReplaceProvenMask:
+    """attention(q, k, v, mask[i j] = 0 if j <= i else -inf)  ->  attention(q, k, v, causal)."""
+
+    def match(self, site: AttentionSite) -> Match | Refusal:
+        call = site.call
+        if call is None:
+            return Refusal("the attention is not one fused call", site.anchor)
+        if call.opaque or call.dropout:
+            return Refusal(f"{call.name} also does what is not read here", call.anchor)
+        if call.mask is None:
+            return Refusal("there is no mask tensor", call.anchor)
+        proof = site.masks[-1]
+        if proof.opaque:
+            return Refusal(f"the mask is not proven: {proof.opaque[0].reason}", proof.opaque[0].node)
+        if proof.keeps_all:
+            return Match(site, {"causal": False}, evaluate=(call.mask,))
+        if not proof.is_top_left_causal:
+            return Refusal(f"the mask is {proof.describe()}, which no flag of a fused call expresses", call.mask)
+        if not proof.rows_visible:
+            return Refusal("some query may see no key at all", call.mask)
+        return Match(site, {"causal": True}, evaluate=(call.mask,))
+
+    def benefit(self, match: Match) -> Benefit:
+        """The mask is not read, and of a causal one not half the scores are computed."""
+        site = match.site
+        axes = site.axes
+        scores = size_of(axes.batch + axes.heads + axes.groups) * size_of(axes.queries) * size_of(axes.keys)
+        flops = 2 * scores * (size_of(width_of(site)) + size_of(axes.value_width))
+        item = site.query.node.meta["val"].dtype.itemsize
+        mask = item * size_of(axes.batch) * size_of(axes.queries) * size_of(axes.keys)
+        return Benefit(Cost(flops, mask), Cost(flops / 2 if match.facts["causal"] else flops, 0))
+
+    def build(self, match: Match, emit: Emitter) -> fx.Node:
+        site = match.site
+        assert site.call is not None
+        folded = site.call.grouped
+        form = Canonical(site, folded)
+        width = width_of(site)
+        query = place(emit, site.query, form.rows(width), site)
+        key = place(emit, site.key, form.columns(width), site)
+        value = place(emit, site.value, form.columns(site.axes.value_width), site)
+        return emit_attention(emit, form, query, key, value, None, site.call.scale, match.facts["causal"])

@@ -22,7 +22,6 @@ from .compat import DYNAMO_CONTROL_FLOW, compile_id, hand_to_inductor, list_mode
 from .dump import dump_graph, dump_report, trace_artifacts
 from .expect import check_expectations
 from .lower import lower
-from .masks_in_sites import mask_texts
 from .normal_form import check_normal_form, normalise, remove_dead_code
 from .opening import decompositions
 from .options import ExpectationFailed, OptionError, Options, read_options
@@ -97,8 +96,7 @@ def transform(
     dump_graph(options.dump, name, "captured", normal)
     with stage("recognise", seconds):
         found = recognise(normal.graph)
-        masks = mask_texts(found.sites)
-        sites = tuple(report_site(i, site, masks[i]) for i, site in enumerate(found.sites))
+        sites = tuple(report_site(i, site) for i, site in enumerate(found.sites))
         misses = tuple(report_miss(miss) for miss in found.misses)
     with stage("rewrite", seconds):
         done = rewrite_graph(normal.graph, found.sites, options, size_hints(normal.graph))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import fx
-
 from .axes import Layout, size_of
 from .layouts import is_tensor
 from .score_form import Unusual, score_form
@@ -90,14 +88,3 @@ def shape(site: AttentionSite) -> Shape:
         str(size_of(axes.value_width)),
         str(dtype).replace("torch.", ""),
     )
-
-
-def mask_nodes(site: AttentionSite) -> list[tuple[fx.Node, str, Layout]]:
-    """The tensors that mask or bias the scores, with the form in which they do."""
-    found: list[tuple[fx.Node, str, Layout]] = []
-    for step in site.steps:
-        if isinstance(step, Fill):
-            found.append((step.condition, "keep" if step.keep else "hide", step.layout))
-        elif isinstance(step, Bias) and isinstance(step.bias, fx.Node) and site.space.axes(step.layout) & set(site.axes.keys):
-            found.append((step.bias, "additive", step.layout))
-    return found

@@ -19,6 +19,8 @@ from .assemble import call_site, softmax_site
 from .axes import AxisSpace
 from .contractions import contraction
 from .layouts import is_tensor, shape_of
+from .masks import MaskReader
+from .masks_of_site import prove_masks
 from .registry import patterns
 from .sizes import size_hint
 from .sites import AttentionSite, Miss, Recognition, Scale, Sink, SoftmaxSpelling
@@ -27,13 +29,14 @@ from .walks import Path, Refused, climb, descend, follow, open_product, second_t
 
 def recognise(graph: fx.Graph) -> Recognition:
     """Every softmax and attention call of a graph, as a site or as a miss with its reason."""
+    reader = MaskReader(graph)
     sites: list[AttentionSite] = []
     misses: list[Miss] = []
     taken: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op != "call_function" or node in taken:
             continue
-        found = recognise_at(node)
+        found = recognise_at(node, reader)
         if isinstance(found, AttentionSite):
             sites.append(found)
             taken.update(found.region)
@@ -42,8 +45,13 @@ def recognise(graph: fx.Graph) -> Recognition:
     return Recognition(tuple(sites), tuple(misses))
 
 
-def recognise_at(node: fx.Node) -> AttentionSite | Miss | None:
+def recognise_at(node: fx.Node, reader: MaskReader) -> AttentionSite | Miss | None:
     """The site or miss anchored at one node; None when the node is no anchor."""
+    found = _recognise_anchor(node)
+    return replace(found, masks=prove_masks(found, reader)) if isinstance(found, AttentionSite) else found
+
+
+def _recognise_anchor(node: fx.Node) -> AttentionSite | Miss | None:
     for read_call in patterns("call"):
         if (call := read_call(node)) is not None:
             return call_site(call, AxisSpace(size_hint))

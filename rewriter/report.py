@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .masks_of_site import describe_masks
 from .describe import Shape, equation, shape
 from .provenance import module_path, source_line
 from .report_text import render, render_report
@@ -135,14 +136,14 @@ class Report:
         return render_report(self)
 
 
-def report_site(index: int, site: AttentionSite, mask: str) -> SiteReport:
+def report_site(index: int, site: AttentionSite) -> SiteReport:
     return SiteReport(
         index,
         module_path(site.anchor),
         short(site.anchor),
         site.spelling,
         equation(site),
-        mask,
+        describe_masks(site),
         shape(site),
     )
 

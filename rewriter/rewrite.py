@@ -15,6 +15,7 @@ from torch import fx
 
 from .certify import Certificate, certify
 from .emit import Emitter
+from .masks import MaskReader
 from .mutations import Mutations
 from .options import Options
 from .provenance import source_line
@@ -70,6 +71,7 @@ class _Run:
         self.taken_by: dict[int, str] = {}
         self.replaced: dict[fx.Node, fx.Node] = {}
         self.mutations = Mutations.of(graph)
+        self.reader = MaskReader(graph)
         self.verdicts: list[Verdict] = []
         self.certificates: dict[str, Certificate] = {}
 
@@ -148,7 +150,7 @@ class _Run:
 
     def _recognise_again(self, entry: RewriteEntry, index: int, emit: Emitter) -> None:
         for node in emit.nodes:
-            found = recognise_at(node)
+            found = recognise_at(node, self.reader)
             if isinstance(found, AttentionSite):
                 self.current[index] = found
                 return

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from .axes import Axis, AxisSpace, Dim, Layout, Size
+from .mask_terms import MaskProof
 
 
 @dataclass(frozen=True)
@@ -257,6 +258,8 @@ class AttentionSite:
     """The nodes from the score products to the output, in graph order."""
     space: AxisSpace = field(compare=False, repr=False)
     call: AttentionCall | None = None
+    masks: tuple[MaskProof, ...] = ()
+    """What the tensors that mask or bias the scores were proven to do, in the order of the steps."""
 
     @property
     def query(self) -> Operand:

@@ -1,0 +1,67 @@
+"""The masks of a site: which tensors they are, and what they were proven to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from .axes import Dim, Layout
+from .layouts import is_tensor
+from .mask_terms import MaskProof, Opaque
+from .masks import Form, MaskReader
+from .sites import AttentionSite, Bias, Fill
+
+
+@dataclass(frozen=True)
+class MaskTensor:
+    """A tensor that hides keys or biases scores, with the form in which it does."""
+
+    node: fx.Node
+    form: Form
+    layout: Layout
+    reader: fx.Node
+
+
+def mask_tensors(site: AttentionSite) -> tuple[MaskTensor, ...]:
+    """The masks and biases among the score steps, in order; what softmax ignores is left out."""
+    found: list[MaskTensor] = []
+    for step in site.steps:
+        if isinstance(step, Fill):
+            found.append(MaskTensor(step.condition, "keep" if step.keep else "hide", step.layout, step.node))
+        elif isinstance(step, Bias) and is_tensor(step.bias) and site.space.axes(step.layout) & set(site.axes.keys):
+            found.append(MaskTensor(step.bias, "additive", step.layout, step.node))  # type: ignore[arg-type]
+    return tuple(found)
+
+
+def prove_masks(site: AttentionSite, reader: MaskReader) -> tuple[MaskProof, ...]:
+    """A proof for every mask tensor of the site."""
+    return tuple(_prove(mask, site, reader) for mask in mask_tensors(site))
+
+
+def _prove(mask: MaskTensor, site: AttentionSite, reader: MaskReader) -> MaskProof:
+    layout = site.space.resolve_layout(mask.layout)
+    key_dim = _position(layout, site.space.resolve(site.axes.keys))
+    query_dim = _position(layout, site.space.resolve(site.axes.queries))
+    mixed = [dim for i, dim in enumerate(layout) if i != query_dim and set(dim) & set(site.axes.queries)]
+    if key_dim is None or mixed:
+        return MaskProof((Opaque("the mask mixes keys or queries with other axes in one dimension", mask.node),))
+    return reader.prove(mask.node, query_dim=query_dim, key_dim=key_dim, form=mask.form, at=mask.reader)
+
+
+def _position(layout: Layout, dim: Dim) -> int | None:
+    return layout.index(dim) if dim and dim in layout else None
+
+
+def describe_masks(site: AttentionSite) -> str:
+    """"causal", "causal, window 4096; bias", "none"."""
+    words = []
+    for mask, proof in zip(mask_tensors(site), site.masks, strict=True):
+        bias = mask.form == "additive" and proof.fill is None and proof.opaque
+        words.append("bias" if bias else proof.describe())
+    if site.call is not None and site.call.causal:
+        words.append("causal")
+    if site.call is not None and site.call.opaque:
+        words.append("opaque")
+    kept = [word for word in dict.fromkeys(words) if word != "none"]
+    return "; ".join(kept) or "none"
