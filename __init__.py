@@ -13,9 +13,20 @@ if TYPE_CHECKING:
     from .rewriter.explain import check, explain
     from .rewriter.history import reports
     from .rewriter.options import ExpectationFailed, OptionError
+    from .rewriter.prologue import invalidate
     from .rewriter.report import Report
 
-__all__ = ["ExpectationFailed", "OptionError", "Report", "check", "explain", "pattern", "reports", "rewrite"]
+__all__ = [
+    "ExpectationFailed",
+    "OptionError",
+    "Report",
+    "check",
+    "explain",
+    "invalidate",
+    "pattern",
+    "reports",
+    "rewrite",
+]
 
 # Imported when first used: they need torch, and `latent --help` does not.
 _LATER = {
@@ -24,6 +35,7 @@ _LATER = {
     "Report": ".rewriter.report",
     "check": ".rewriter.explain",
     "explain": ".rewriter.explain",
+    "invalidate": ".rewriter.prologue",
     "reports": ".rewriter.history",
 }
 

