@@ -14,7 +14,7 @@ import sympy
 import torch
 from torch import fx
 
-from . import index_layouts, index_pointwise
+from . import index_layouts, index_pointwise  # they register what they read
 from .index_bounds import Ranges
 from .index_call import READERS, Call, Indices, position, shape_of
 from .index_storage import Storages, is_in_place
@@ -38,7 +38,6 @@ __all__ = ["IndexReader", "index_layouts", "index_pointwise"]
 
 MAX_DEPTH = 120
 """Operations followed from one element, so that a residual stream is not read to its beginning."""
-
 
 RESHAPES = {"t", "transpose", "squeeze", "unsqueeze", "swapaxes", "swapdims", "as_strided", "resize", "set"}
 """In place these change a tensor's shape and not its memory."""
@@ -132,7 +131,10 @@ class IndexReader:
         name = name or self.storages.operator(node)
         if (read := READERS.get(name)) is None:
             raise UnreadError(f"is a result of {name}, which is not followed")
-        return call.fitted(read(call))
+        try:
+            return call.fitted(read(call))
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise UnreadError(f"could not be read as {name}: {type(error).__name__}") from error
 
     def _written(self, write: fx.Node, indices: Indices) -> Value:
         """The element after an in-place operator: what the operator computes from the element before."""
