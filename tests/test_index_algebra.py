@@ -216,6 +216,6 @@ def test_arguments_out_of_the_ordinary_are_loads() -> None:
     gm = trace(lambda: torch.arange(6).view(2, 3))
     node = result(gm)
     node.args = ("nothing", [2, 3])
-    reader, _, value = read(node)
+    reader, _, _ = read(node)
     ((_, load),) = reader.loads.items()
     assert load.reason == "could not be read as view: AttributeError"

@@ -171,15 +171,13 @@ def test_rows_visible() -> None:
 
 def test_top_left_causal_is_nothing_else() -> None:
     assert prove(SPELLINGS["tril"][0]).is_top_left_causal
-    assert not prove(SPELLINGS["window"][0]).is_top_left_causal
-    assert not prove(SPELLINGS["bottom right"][0]).is_top_left_causal
+    assert not any(prove(SPELLINGS[other][0]).is_top_left_causal for other in ("window", "bottom right"))
 
 
 def test_reasons_name_what_is_missing() -> None:
     (opaque,) = prove(SPELLINGS["alibi"][0], "additive").opaque
     assert opaque.reason == "The additive values are not 0 and a large negative number"
-    (opaque,) = prove(SPELLINGS["not one position"][0]).opaque
-    assert "2*i - j - 1 >= 0" in opaque.reason
+    assert "2*i - j - 1 >= 0" in prove(SPELLINGS["not one position"][0]).opaque[0].reason
 
 
 # ------------------------------------------------------------------ masks that read inputs
@@ -299,7 +297,7 @@ def evaluate(formula: Any, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
 PROVEN: list[bool] = []
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(FORMULAS, st.sampled_from([(1, 6), (4, 4), (3, 7), (6, 2)]))
 def test_formula_without_opaque_terms_is_the_mask(formula: Any, size: tuple[int, int]) -> None:
     queries, keys = size
