@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # 2.13
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 from torch.fx.experimental.symbolic_shapes import statically_known_true as _known_true
+from torch.multiprocessing.reductions import StorageWeakRef
 
 __all__ = [
     "DYNAMO_CONTROL_FLOW",
@@ -28,6 +30,7 @@ __all__ = [
     "FakeTensorMode",
     "HigherOrderOperator",
     "OpOverload",
+    "WeightStates",
     "add_input",
     "adopt_constants",
     "autocast_switch",
@@ -53,7 +56,6 @@ __all__ = [
     "switches_mode",
     "symbolic_functions",
     "trace_pre_dispatch",
-    "version_of",
 ]
 
 OpOverload = torch._ops.OpOverload  # 2.13
@@ -123,9 +125,32 @@ def symbolic_functions() -> frozenset[Callable[..., Any]]:
     return frozenset(getattr(torch, name) for name in names if "constrain" not in name and "fresh" not in name)
 
 
-def version_of(tensor: torch.Tensor) -> int:
-    """How often autograd saw the tensor written to; -1 for inference tensors, which do not count."""
-    return -1 if tensor.is_inference() else tensor._version  # 2.13
+class WeightStates:
+    """How some tensors looked at one time: addresses, and the writes that autograd counted.
+
+    Shapes, strides, dtypes and devices are guarded by Dynamo, for parameters as for other tensors. An address alone
+    proves nothing: `model.half().float()` frees the storage and may be given it again.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._addresses = list(map(torch.Tensor.data_ptr, tensors))
+        self._versions = None if any(t.is_inference() for t in tensors) else list(map(_VERSION, tensors))
+        weak: Any = StorageWeakRef
+        self._storages = [weak(t.untyped_storage()) for t in tensors]
+        self._handles = [ref.cdata for ref in self._storages]  # 2.13
+
+    def still_hold(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether nobody wrote to or replaced a tensor since. Tensors made in inference mode never tell: False."""
+        if self._versions is None or list(map(torch.Tensor.data_ptr, tensors)) != self._addresses:
+            return False
+        try:
+            same = list(map(_VERSION, tensors)) == self._versions
+        except RuntimeError:  # an inference tensor, which counts no writes
+            return False
+        return same and not any(map(torch.UntypedStorage._expired, self._handles))  # 2.13
+
+
+_VERSION = operator.attrgetter("_version")  # 2.13
 
 
 def trace_pre_dispatch(
