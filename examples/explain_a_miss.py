@@ -4,9 +4,8 @@ The first normalises over the queries instead of the keys, a slip that runs with
 whose weights are read a second time, so a fused operator, which never stores them, cannot stand in for it.
 """
 
-import torch
-
 import latent
+import torch
 
 
 def wrong_axis(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

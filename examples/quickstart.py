@@ -3,10 +3,9 @@
 The attention is written by hand, with a view, a transpose and a softmax: no library call that names it.
 """
 
+import latent
 import torch
 from torch import nn
-
-import latent
 
 
 class Attention(nn.Module):

@@ -3,16 +3,15 @@
 The rewrite is judged, certified against the nodes it replaces, and reported like the built-in ones.
 """
 
-import torch
-from torch import Tensor, fx
-
 import latent
+import torch
 from latent.rewriter.axes import size_of
 from latent.rewriter.canonical import Canonical, place, width_of
 from latent.rewriter.emit import Emitter
 from latent.rewriter.rules import Benefit, Cost, Match, Refusal
 from latent.rewriter.score_form import ScoreForm, score_form
 from latent.rewriter.sites import AttentionSite
+from torch import Tensor, fx
 
 
 @torch.library.custom_op("mine::attention", mutates_args=())

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .masks_of_site import describe_masks
 from .describe import Shape, equation, shape
+from .masks_of_site import describe_masks
 from .provenance import module_path, source_line
 from .report_text import render, render_report
 from .rules import Verdict

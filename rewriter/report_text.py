@@ -99,7 +99,8 @@ def _verdicts(verdicts: Sequence[Verdict]) -> Iterator[Block]:
 def _detail(same: Sequence[Verdict]) -> str:
     errors = [v.error for v in same if v.error is not None]
     if same[0].outcome == "applied":
-        return f"certified, relative error {max(errors):.0e} in fp64" if errors else "not certified"
+        largest = f"{max(errors):.0e}" if any(errors) else "0"
+        return f"certified, relative error {largest} in fp64" if errors else "not certified"
     place = f"   {same[0].line}" if same[0].line and same[0].outcome in ("undone", "failed") else ""
     return same[0].reason + place
 
