@@ -46,20 +46,27 @@ def _shared_input(node: fx.Node) -> fx.Node | None:
     """The input whose storage the result of a node lies in, or None when it has its own."""
     if node.op != "call_function":
         return None
-    mine = storage_of(node.meta.get("val"))
-    known = [(given, storage_of(given.meta.get("val"))) for given in node.all_input_nodes]
-    if mine is not None and (same := next((given for given, theirs in known if theirs == mine), None)):
+    mine = _storages(node)
+    maker = node.args[0] if node.target is operator.getitem else None
+    # one member of a list lies where the maker's own input does, which need not be the first of them
+    inputs = [*(maker.all_input_nodes if isinstance(maker, fx.Node) else ()), *node.all_input_nodes]
+    if (same := next((given for given in inputs if mine & _storages(given)), None)) is not None:
         return same
-    if node.target is operator.getitem:
-        source = node.args[0]
-        return source if isinstance(source, fx.Node) else None
+    if isinstance(maker, fx.Node):
+        return maker
     if isinstance(node.target, OpOverload):
         marked = next(_annotated(node, write=False), None)
-        if marked is not None and (mine is None or storage_of(marked.meta.get("val")) is None):
+        if marked is not None and not (mine and _storages(marked)):
             return marked
         if torch.Tag.maybe_aliasing_or_mutating in node.target.tags:  # dropout in eval returns its input
-            return next((given for given, theirs in known if theirs is not None), None)
+            return next((given for given in inputs if _storages(given)), None)
     return None
+
+
+def _storages(node: fx.Node) -> set[int]:
+    value = node.meta.get("val")
+    members = value if isinstance(value, list | tuple) else [value]
+    return {storage for member in members if (storage := storage_of(member)) is not None}
 
 
 def base_of(node: fx.Node) -> fx.Node:

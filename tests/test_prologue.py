@@ -207,7 +207,7 @@ def test_a_change_of_form_makes_a_new_graph() -> None:
 
 @torch.no_grad()
 def test_invalidate_finds_only_the_models_own_graphs() -> None:
-    (one, run_one, backend_one, x), (other, run_other, backend_other, _) = compiled_chain(), compiled_chain()
+    (one, run_one, backend_one, x), (_, run_other, backend_other, _) = compiled_chain(), compiled_chain()
     run_one(x)
     run_other(x)
     assert invalidate(one) == 1
