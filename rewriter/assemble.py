@@ -12,6 +12,7 @@ from .sites import (
     AttentionCall,
     AttentionSite,
     Bias,
+    Blend,
     Changed,
     Fill,
     Inexact,
@@ -74,6 +75,7 @@ def softmax_site(
             terms.append(ScoreTerm(peel(*query, space), peel(*key, space), factor * _factor(extra.steps)))
             taken[node] = extra
     steps = tuple(step for step in product.steps if step.node not in taken or not isinstance(step, Bias))
+    steps = _blended(steps, keys, query_only, space)
     operand = peel(value, space.resolve_layout(value_layout), space)
     region = _region(spelling, product, taken.values(), values, tail)
     return AttentionSite(
@@ -195,6 +197,35 @@ def _term(
     if wanted & axes_lhs & axes_rhs:
         raise Refused(f"the softmax runs over an axis (size {size}) that queries and keys share, like heads", softmax, 2)
     raise Refused(f"the softmax runs over more than the keys (size {size})", softmax, 2)
+
+
+def _blended(
+    steps: tuple[ScoreStep, ...], keys: Dim, query_only: frozenset, space: AxisSpace
+) -> tuple[ScoreStep, ...]:
+    """Scores times a tensor of queries and keys are attention only as one half of scores * m + c (1 - m).
+
+    Raises Refused for any other gate on single scores.
+    """
+    found: list[ScoreStep] = []
+    for step in steps:
+        axes = space.axes(step.layout) if isinstance(step, Scale) and step.layout else frozenset()
+        if axes & set(keys) and axes & query_only:
+            assert isinstance(step, Scale) and step.by is not None
+            later = [s for s in steps if isinstance(s, Bias) and isinstance(s.bias, fx.Node) and s.node > step.node]
+            if step.divide or not any(_reads(s.bias, root_of(step.by)) for s in later):  # type: ignore[arg-type]
+                reason = "single scores are multiplied by a tensor that varies over queries and keys"
+                raise Refused(reason, step.node, 2)
+            found.append(Blend(step.node, step.by, step.layout))
+        else:
+            found.append(step)
+    return tuple(found)
+
+
+def _reads(node: fx.Node, source: fx.Node, depth: int = 6) -> bool:
+    """Whether a node is computed from another one in a few operations."""
+    if node is source:
+        return True
+    return depth > 0 and any(_reads(n, source, depth - 1) for n in node.all_input_nodes)
 
 
 def _fitting_term(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .layouts import layout_step
 from .sizes import concrete
 
 TOLERANCE = 1e-9
@@ -43,13 +44,23 @@ def certify(original: fx.Node, replacement: fx.Node, new: Iterable[fx.Node], eva
     frontier.discard(original)
     evaluate = set(evaluate)
     opened = _ancestors(evaluate)
-    inputs = frontier - opened
+    inputs = {node for node in frontier - opened if not _is_view_of_another(node, frontier)}
     needed = _needed(original, inputs) | _needed(replacement, inputs)
     todo = sorted(needed)
     if (size := max((_elements(node) for node in todo), default=0)) > LIMIT:
         return Certificate(0.0, 0, f"not run: {size} elements in one tensor")
     values = _run(todo, inputs)
     return _compare(values[original], values[replacement])
+
+
+def _is_view_of_another(node: fx.Node, frontier: set[fx.Node]) -> bool:
+    """Whether a node holds elements of another one of the frontier: both must see the same numbers."""
+    step = layout_step(node)
+    while step is not None:
+        if step.source in frontier:
+            return True
+        step = layout_step(step.source)
+    return False
 
 
 def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:

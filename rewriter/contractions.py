@@ -109,7 +109,7 @@ def _broadcast(product: Contraction) -> Contraction | None:
 
     def masked(labels: Labels, shape: Sequence[object]) -> Labels:
         return tuple(
-            None if label is None or not same_size(sizes[label], size) else label  # type: ignore[arg-type]
+            None if label is None or (same_size(size, 1) and not same_size(sizes[label], 1)) else label  # type: ignore[arg-type]
             for label, size in zip(labels, shape, strict=True)
         )
 

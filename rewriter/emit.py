@@ -46,7 +46,7 @@ class Emitter:
         `replaced` maps the outputs of earlier sites, which this site's operands may name, to what took their place.
         """
         operands = [term.query for term in site.terms] + [term.key for term in site.terms] + [site.value]
-        known = [entry for operand in operands for entry in operand.chain]
+        known = [entry for operand in operands for entry in reversed(operand.chain)]
         return cls(site.output, rewrite, site.space, known, replaced)
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:

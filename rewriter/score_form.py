@@ -8,7 +8,7 @@ from torch import fx
 
 from .axes import AxisSpace
 from .layouts import is_tensor
-from .sites import AttentionSite, Bias, Cast, Fill, Scale, ScoreStep, Sink, Tanh
+from .sites import AttentionSite, Bias, Blend, Cast, Fill, Scale, ScoreStep, Sink, Tanh
 
 HIDES = -1e8
 """Fills below this vanish beside any score, in a row that is hidden altogether too: x + fill rounds to fill."""
@@ -73,6 +73,8 @@ def score_form(site: AttentionSite) -> ScoreForm | Unusual:
                 masks.append(step)
             case Sink():
                 sinks.append(step)
+            case Blend():
+                return Unusual("the mask is multiplied in and its numbers need not be zeros and ones", step.node)
             case _:
                 return Unusual(f"{step.node.target} is no step of a fused attention", step.node)
     if capped and cap is not None:

@@ -85,6 +85,14 @@ class Fill(ScoreStep):
 
 
 @dataclass(frozen=True)
+class Blend(ScoreStep):
+    """scores * m + c (1 - m): a mask of numbers that need not be zeros and ones."""
+
+    mask: fx.Node
+    layout: Layout = ()
+
+
+@dataclass(frozen=True)
 class Sink(ScoreStep):
     """cat([scores, sink]), pad(scores): scores without a value that take part in the softmax.
 
