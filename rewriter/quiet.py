@@ -70,13 +70,22 @@ def _dynamo_state_kept() -> Iterator[None]:
 
 
 def _forget_region(region: int) -> None:
-    """Drop the code compiled in one isolated region; what other regions compiled for the same functions stays."""
-    entries_of = torch._C._dynamo.eval_frame._get_cache_entries_for_region  # 2.13
-    for reference in list(convert_frame.input_codes.seen):  # 2.13
+    """Drop the code compiled in one isolated region; what other regions compiled for the same functions stays.
+
+    A function that only this region compiled is as before. Elsewhere an empty entry stays, which never matches.
+    """
+    frames = torch._C._dynamo.eval_frame  # 2.13, as all names below
+    for reference in list(convert_frame.input_codes.seen):
         code = reference()
-        for entry in entries_of(code, region) if code is not None else ():
+        entries = frames._get_cache_entries_for_region(code, region) if code is not None else []
+        if code is None or not entries:
+            continue
+        if len(entries) == frames._get_total_cache_entry_count(code):
+            frames.reset_code(code)
+            continue
+        for entry in entries:
             manager: Any = entry.guard_manager
-            manager.extra_state.invalidate(entry, DeletedGuardManagerWrapper("latent.explain is done"))  # 2.13
+            manager.extra_state.invalidate(entry, DeletedGuardManagerWrapper("latent.explain is done"))
 
 
 def _headline(reason: str) -> str:

@@ -112,7 +112,7 @@ def _misses(misses: Sequence[MissReport], code: bool = True) -> Iterator[Block]:
         place = collapse([m.path for m in same]) or f"the model itself{_times(same)}"
         lines = [f"{place}   {miss.line}"]
         if code and miss.code:
-            lines.append(textwrap.shorten(f"  {miss.code}", WIDTH, placeholder=" …").strip().join(["    ", ""]))
+            lines.append("    " + textwrap.shorten(miss.code, WIDTH - 4, placeholder=" …"))
         yield tuple(lines + _hanging("  → " if code else "  ", miss.reason)[:7])
 
 
@@ -176,9 +176,8 @@ def grouped(items: Iterable[Item], key: Callable[[Item], Hashable]) -> list[list
 
 def _hanging(start: str, text: str) -> list[str]:
     """`text` behind `start`, further lines below its beginning."""
-    return textwrap.wrap(
-        text, max(WIDTH, len(start) + 40), initial_indent=start, subsequent_indent=" " * len(start)
-    ) or [start.rstrip()]
+    width = max(WIDTH, len(start) + 40)
+    return textwrap.wrap(text, width, initial_indent=start, subsequent_indent=" " * len(start)) or [start.rstrip()]
 
 
 def _times(same: Sequence[object]) -> str:

@@ -1,0 +1,273 @@
+"""latent.explain looks and changes nothing; reports read well."""
+
+import copy
+import json
+
+import latent
+import pytest
+import torch
+from latent.rewriter.describe import Shape
+from latent.rewriter.options import Options
+from latent.rewriter.report import Break, GraphReport, MissReport, Report, SiteReport
+from latent.rewriter.rules import Verdict
+from torch import nn
+
+
+class Attention(nn.Module):
+    def __init__(self, width=16, heads=2):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x, interrupt=False):
+        self.calls += 1
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        if interrupt:
+            torch._dynamo.graph_break()
+        return ((q @ k.transpose(-1, -2) / 3).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+class Stack(nn.Module):
+    def __init__(self, layers=3):
+        super().__init__()
+        self.layers = nn.ModuleList(Attention() for _ in range(layers))
+
+    def forward(self, x, **kwargs):
+        for layer in self.layers:
+            x = x + layer(x, **kwargs)
+        return torch.nn.functional.dropout(x, 0.1, self.training)
+
+    def twice(self, x):
+        return self(self(x)[:, :3])
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Stack().eval()
+
+
+X = torch.arange(2 * 5 * 16).reshape(2, 5, 16) / 100
+
+
+@torch.no_grad()
+def test_finds_sites_and_verdicts(model):
+    report = latent.explain(model)(X)
+    assert isinstance(report, latent.Report)
+    assert report.count("attention") == report.count("fuse_attention") == 3
+    assert [site.path for site in report.sites] == [f"layers.{n}" for n in range(3)]
+    assert report.sites[0].line.startswith("test_explain.py:")
+    assert report.breaks == () and report.graphs[0].compilation == "0/0"
+    assert {v.rewrite for v in report.verdicts} >= {"fuse_attention", "fold_repeated_heads"}
+
+
+@torch.no_grad()
+def test_text_collapses_layers_and_is_aligned(model):
+    text = str(latent.explain(model)(X))
+    assert "1 graph · 0 graph breaks · 1 compilation" in text
+    assert "layers.[0-2] × 3" in text
+    starts = {line.index(" of 3") for line in text.splitlines() if " of 3" in line}
+    assert len(starts) == 1
+
+
+def test_changes_neither_model_nor_random_state(model):
+    model.train()
+    before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    attributes = set(vars(model))
+    latent.explain(model)(X)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert set(vars(model)) == attributes and model._compiled_call_impl is None
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_leaves_other_compilations_alone(model):
+    compilations = []
+
+    def backend(gm, inputs):
+        compilations.append(len(gm.graph.nodes))
+        return gm.forward
+
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        compiled(X)
+        counters = copy.deepcopy(torch._dynamo.utils.counters)
+        latent.explain(model)(X)
+        latent.explain(compiled)(X[:, :3])
+        compiled(X)
+        assert len(compilations) == 1
+        assert torch._dynamo.utils.counters == counters
+        compiled(X[:, :4])  # the lengths that explain saw do not count: this is the second length, not the fourth
+    assert len(compilations) == 2
+
+
+@torch.no_grad()
+def test_leaves_no_code_behind(model):
+    from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, _get_total_cache_entry_count
+    from torch._dynamo.convert_frame import input_codes
+
+    def entries():
+        codes = [code for ref in input_codes.seen if (code := ref()) is not None]
+        return sum(_get_total_cache_entry_count(code) + len(_debug_get_cache_entry_list(code)) for code in codes)
+
+    torch._dynamo.reset()
+    before = entries()
+    latent.explain(model)(X)
+    latent.explain(model)(X, interrupt=True)
+    assert entries() == before
+
+
+@torch.no_grad()
+def test_says_the_same_every_time(model):
+    first = latent.explain(model)(X)
+    latent.explain(model)(X[:, :4])
+    again = latent.explain(model)(X)
+    assert [g.name for g in again.graphs] == [g.name for g in first.graphs] == ["graph 0 [0/0]"]
+    assert again.sites == first.sites
+
+
+@torch.no_grad()
+def test_does_not_appear_among_the_reports(model):
+    before = latent.reports()
+    latent.explain(model)(X)
+    assert latent.reports() == before
+
+
+@torch.no_grad()
+def test_takes_compiled_models_and_functions(model):
+    assert latent.explain(torch.compile(model, backend="eager"))(X).count("attention") == 3
+    assert latent.explain(model.forward)(X).count("attention") == 3
+    assert latent.explain(lambda x: model(x) + 1)(X).count("attention") == 3
+    model.compile(backend="eager")
+    compiled = model._compiled_call_impl
+    assert latent.explain(model)(X).count("attention") == 3
+    assert model._compiled_call_impl is compiled
+
+
+@torch.no_grad()
+def test_methods_show_every_compilation(model):
+    report = latent.explain(model.twice)(X)
+    assert [g.compilation for g in report.graphs] == ["0/0", "0/1"]
+    assert report.count("attention") == 6 and report.least("attention") == 3
+    assert "graph 1 [0/1] · graph 0 once more" in str(report)
+    assert str(report).count("lowered") == 2 and "lowered: as before" in str(report)
+
+
+@torch.no_grad()
+def test_dynamic_shapes(model):
+    assert not latent.explain(model, dynamic=True)(X).sites[0].shape.queries.isdigit()
+
+
+@torch.no_grad()
+def test_graph_breaks_are_counted_and_placed():
+    report = latent.explain(Stack(1).eval())(X, interrupt=True)
+    assert len(report.breaks) >= 1
+    assert any("graph_break" in each.code and each.line.startswith("test_explain.py:") for each in report.breaks)
+    assert "graph break" in str(report)
+    assert report.count("attention") == 1
+
+
+@torch.no_grad()
+def test_a_failing_stage_is_reported(model, monkeypatch):
+    def broken(graph):
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr("latent.rewriter.backend.recognise", broken)
+    report = latent.explain(model)(X)
+    assert report.graphs[0].failure == "recognise: RuntimeError: no luck"
+    assert "✗ failed" in str(report)
+
+
+@torch.no_grad()
+def test_options(model):
+    report = latent.explain(model, rewrites=["fold_repeated_heads"], verify="off")(X)
+    assert {v.outcome for v in report.verdicts if v.rewrite == "fuse_attention"} == {"off"}
+    with pytest.raises(latent.OptionError, match="no rewrite is named 'fuse'"):
+        latent.explain(model, rewrites="fuse")
+    with pytest.raises(latent.OptionError, match="'verify'"):
+        latent.explain(model, verify="sometimes")
+
+
+@torch.no_grad()
+def test_errors_of_the_model_come_through(model):
+    with pytest.raises(TypeError):
+        latent.explain(model)(X, nonsense=1)
+    assert model._compiled_call_impl is None
+
+
+@torch.no_grad()
+def test_check(model):
+    assert latent.check(model, {"attention": 3, "fuse_attention": 3})(X).count("attention") == 3
+    with pytest.raises(latent.ExpectationFailed, match=r"attention: expected 4, found 3[\s\S]*layers\.\[0-2\]"):
+        latent.check(model, expect={"attention": 4})(X)
+    with pytest.raises(latent.ExpectationFailed):  # two compilations of three sites are not six
+        latent.check(model.twice, expect={"attention": 6})(X)
+    with pytest.raises(latent.OptionError):
+        latent.check(model, expect={"atention": 4})
+
+
+@torch.no_grad()
+def test_near_miss_is_short_and_placed():
+    def wrong_axis(q, k, v):
+        return (q @ k.mT).softmax(-2) @ v
+
+    report = latent.explain(wrong_axis)(*torch.randn(3, 2, 4, 4, 8))
+    assert report.count("attention") == 0 and len(report.near_misses) == 1
+    text = str(report).splitlines()
+    start = next(n for n, line in enumerate(text) if line.startswith("near miss"))
+    assert len(text) - start <= 10
+    assert "softmax(-2) @ v" in text[start + 2] and "→" in text[start + 3]
+
+
+def test_json_round_trip(model):
+    with torch.no_grad():
+        report = latent.explain(model)(X)
+    data = json.loads(report.to_json())
+    assert data["graphs"][0]["sites"][2]["path"] == "layers.2" and data["breaks"] == []
+
+
+# ** text, from values **
+
+
+def graph(number=0, compilation="0/0", paths=("a.0", "a.1"), queries="8", misses=(), outcome="applied"):
+    shape = Shape("4", "1", queries, "8", "16", "16", "float32")
+    sites = tuple(SiteReport(n, p, "m.py:1", "softmax", "softmax_j( … )", "none", shape) for n, p in enumerate(paths))
+    verdicts = tuple(Verdict(n, "fuse_attention", outcome, "why", "m.py:2") for n in range(len(paths)))
+    return GraphReport(f"graph {number} [{compilation}]", 10, sites, verdicts, tuple(misses), seconds={"capture": 0.5})
+
+
+def test_an_equal_second_compilation_says_so():
+    text = str(Report((graph(), graph(1, "0/1"))))
+    assert "attention   2 sites: as before" in text and "rewrites: as before" in text
+    assert text.count("softmax_j") == 1
+
+
+def test_a_second_compilation_shows_what_differs():
+    text = str(Report((graph(), graph(1, "0/1", queries="1"))))
+    assert "1 query × 8 keys" in text and "rewrites: as before" in text
+
+
+def test_undone_verdicts_show_their_line():
+    assert "✗ fuse_attention  undone  2 of 2   why   m.py:2" in str(Report((graph(outcome="undone"),)))
+
+
+def test_long_reasons_are_wrapped_and_cut():
+    miss = MissReport("a.0", "m.py:3", "x = " + "y + " * 60 + "y", "because " * 200, "node", 2)
+    text = str(Report((graph(misses=[miss]),)))
+    assert max(map(len, text.splitlines())) <= 114
+    assert len(text.split("near miss")[1].splitlines()) <= 10
+
+
+def test_breaks_without_graphs():
+    text = str(Report((), (Break("because", "m.py:3", "print(x)"),)))
+    assert "no graph was compiled" in text and "m.py:3 print(x)" in text and "→ because" in text
+
+
+def test_failures_count_as_zero_when_something_is_expected():
+    failed = GraphReport("graph 0 [0/0]", 3, (), (), (), failure="capture: RuntimeError: x")
+    assert Report((failed,)).shortfall({"attention": 1}) == ["attention: expected 1, found 0"]
+
+
+def test_the_defaults_are_those_of_the_backend():
+    assert latent.explain.__kwdefaults__ == {"rewrites": None, "verify": Options().verify, "dynamic": None}
