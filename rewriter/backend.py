@@ -99,7 +99,7 @@ def transform(
         sites = tuple(report_site(i, site) for i, site in enumerate(found.sites))
         misses = tuple(report_miss(miss) for miss in found.misses)
     with stage("rewrite", seconds):
-        done = rewrite_graph(normal.graph, found.sites, options, size_hints(normal.graph))
+        done = rewrite_graph(normal.graph, found.sites, options, size_hints(normal.graph.nodes))
         remove_dead_code(normal)
     dump_graph(options.dump, name, "rewritten", normal)
     with stage("lower", seconds):

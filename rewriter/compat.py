@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -360,10 +360,10 @@ def compile_id() -> str:
     return "" if current is None else str(current)
 
 
-def size_hints(graph: fx.Graph) -> dict[sympy.Symbol, int]:
-    """Example values of the symbols in the sizes of a graph."""
+def size_hints(nodes: Iterable[fx.Node]) -> dict[sympy.Symbol, int]:
+    """Example values of the symbols in the sizes of tensors."""
     hints: dict[sympy.Symbol, int] = {}
-    for node in graph.nodes:
+    for node in nodes:
         value = node.meta.get("val")
         for size in value.shape if isinstance(value, torch.Tensor) else (value,):
             if isinstance(size, torch.SymInt):

@@ -22,7 +22,7 @@ from .layouts import is_tensor, shape_of
 from .masks import MaskReader
 from .masks_of_site import prove_masks
 from .registry import patterns
-from .sizes import size_hint
+from .sizes import hints_near
 from .sites import AttentionSite, Miss, Recognition, Scale, Sink, SoftmaxSpelling
 from .walks import Path, Refused, climb, descend, follow, open_product, second_terms
 
@@ -54,7 +54,7 @@ def recognise_at(node: fx.Node, reader: MaskReader) -> AttentionSite | Miss | No
 def _recognise_anchor(node: fx.Node) -> AttentionSite | Miss | None:
     for read_call in patterns("call"):
         if (call := read_call(node)) is not None:
-            return call_site(call, AxisSpace(size_hint))
+            return call_site(call, AxisSpace(hints_near(node)))
     for read_softmax in patterns("softmax"):
         spelling = read_softmax(node)
         if spelling is not None and is_tensor(spelling.scores):
@@ -93,7 +93,7 @@ def _unevenness(site: AttentionSite) -> int:
 
 def _reaches_product(spelling: SoftmaxSpelling) -> bool:
     """Whether the weights of a softmax are contracted with something over the normalised dimension."""
-    space = AxisSpace(size_hint)
+    space = AxisSpace(hints_near(spelling.scores))
     shape = shape_of(spelling.weights)
     layout = space.fresh_layout([f"x{i}" for i in range(len(shape))], shape)
     products, _ = follow(spelling.weights, layout, space)
@@ -108,7 +108,7 @@ def _reaches_product(spelling: SoftmaxSpelling) -> bool:
 
 def _follow_candidate(spelling: SoftmaxSpelling, path: Path) -> AttentionSite:
     """The site of one softmax and one score product. Raises Refused."""
-    space = AxisSpace(size_hint)
+    space = AxisSpace(hints_near(spelling.scores))
     found = contraction(path[0])
     assert found is not None
     if not found.summed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import sympy
 import torch
 import torch.utils._pytree as pytree
+from torch import fx
 
 from .axes import Size
-from .compat import FakeTensor, FakeTensorMode
+from .compat import FakeTensor, FakeTensorMode, size_hints
 
 
 def size_expr(size: object) -> Size:
@@ -26,8 +28,15 @@ def size_expr(size: object) -> Size:
     return expr.replace(lambda e: type(e).__name__ == "FloorDiv", lambda e: e.args[0] / e.args[1])
 
 
-def size_hint(size: sympy.Expr) -> int:
-    return 0
+def hints_near(node: fx.Node) -> Callable[[sympy.Expr], int]:
+    """A function from symbolic sizes to their example values, for the symbols known at a node. 0: not known."""
+    known = size_hints([node, *node.all_input_nodes, *node.users])
+
+    def hint(expr: sympy.Expr) -> int:
+        value = sympy.sympify(expr).subs(known)
+        return int(value) if value.is_Integer else 0
+
+    return hint
 
 
 def fake_mode_of_value(values: object) -> AbstractContextManager[object]:
