@@ -21,7 +21,7 @@ from torch import fx, nn
 from .backend import StageFailed, transform
 from .compat import compile_id
 from .options import ExpectationFailed, Options, Verify, read_options
-from .quiet import graph_breaks, quiet_compiler
+from .quiet import call_of, graph_breaks, quiet_compiler
 from .report import Break, GraphReport, Report
 
 __all__ = ["check", "explain"]
@@ -51,7 +51,7 @@ def explain(
             if (owner := _owner(model)) is None:
                 compiler(model)(*args, **kwargs)
             else:
-                with _calls_go_to(owner, compiler(owner._call_impl)):
+                with _calls_go_to(owner, compiler(call_of(owner))):
                     model(*args, **kwargs)
             breaks = tuple(Break(reason, str(line or ""), line.code if line else "") for reason, line in graph_breaks())
         return Report(tuple(collector.graphs.values()), breaks)

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 import torch._dynamo
-from torch._dynamo import convert_frame, pgo, utils  # 2.13
+from torch import nn
+from torch._dynamo import convert_frame, external_utils, pgo, utils  # 2.13
 from torch._dynamo.guards import DeletedGuardManagerWrapper  # 2.13
 
 from .provenance import SourceLine
@@ -39,6 +40,14 @@ def quiet_compiler(backend: Backend, dynamic: bool | None) -> Iterator[Callable[
         finally:
             for region in regions:
                 _forget_region(region)
+
+
+def call_of(module: nn.Module) -> Callable[..., Any]:
+    """What to compile for a module: its call, in a frame that Dynamo looks at where torch.nn defines `forward`."""
+    if torch._dynamo.trace_rules.check(module.forward):  # 2.13: as `OptimizedModule` does
+        wrapped: Callable[..., Any] = external_utils.wrap_inline(module._call_impl)  # 2.13
+        return wrapped
+    return module._call_impl
 
 
 def graph_breaks() -> tuple[tuple[str, SourceLine | None], ...]:

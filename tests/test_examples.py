@@ -1,0 +1,66 @@
+"""What the examples and the README say is what happens."""
+
+import ast
+import contextlib
+import io
+import re
+import runpy
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from latent.rewriter.registry import unregister
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def run(path):
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(output):
+            runpy.run_path(str(path), run_name="__main__")
+    finally:
+        unregister("use_my_kernel")
+    return output.getvalue()
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_run(path):
+    assert "attention   " in run(path)
+
+
+def test_the_report_in_the_readme_is_the_quickstarts():
+    output = run(ROOT / "examples" / "quickstart.py")
+    shown = re.search(r"```\n(1 graph · .*?)```", README, re.S)[1]
+    for line in shown.splitlines():
+        if line.strip("─") and not line.startswith("graph"):
+            assert re.sub(r"\d+e-\d+", "", line) in re.sub(r"\d+e-\d+", "", output)
+
+
+def test_the_near_miss_in_the_readme_is_the_examples():
+    shown = re.search(r"```\n(near miss .*?)```", README, re.S)[1]
+    assert shown in run(ROOT / "examples" / "explain_a_miss.py")
+
+
+def test_python_of_the_readme_runs():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(blocks) == 2
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        exec("\n".join(blocks), {})
+    assert "1 ['self_attn']" in output.getvalue()
+
+
+def test_the_rewrite_in_the_readme_is_the_examples():
+    shown = re.search(r'```py\n(@latent.rewrite\(.*?)```', README, re.S)[1]
+    assert shown.strip() in (ROOT / "examples" / "write_a_rewrite.py").read_text()
+
+
+def test_the_table_of_options_is_that_of_the_code():
+    tree = ast.parse((ROOT / "rewriter" / "options.py").read_text())
+    body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Options").body
+    told = {f.target.id: doc.value.value for f, doc in pairwise(body) if isinstance(f, ast.AnnAssign)}
+    shown = re.search(r"<!-- options: begin -->\n(.*?)<!-- options: end -->", README, re.S)[1]
+    rows = [re.match(r"\| `(\w+)` \| `[^`]+` \| (.*) \|$", line) for line in shown.splitlines()[2:]]
+    assert {row[1]: row[2] for row in rows} == told
