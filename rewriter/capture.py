@@ -28,6 +28,7 @@ from .compat import (
     set_checkpoint_policy,
     trace_pre_dispatch,
 )
+from .vmaps import has_vmaps, open_vmaps
 
 __all__ = ["CaptureError", "capture", "untouched_copy"]
 
@@ -54,10 +55,10 @@ def capture(
     placeholders = gm.graph.find_nodes(op="placeholder")
     if len(placeholders) != len(example_inputs):
         raise CaptureError("inputs", f"{len(placeholders)} placeholders, {len(example_inputs)} example inputs")
-    _refuse_what_does_not_survive(gm)
     fakes = _fakes(gm, placeholders, example_inputs)
     try:
-        new = trace_pre_dispatch(_Tracer(gm).run_flat, fakes, fake_mode_of(gm, fakes), decompositions)
+        traced = open_vmaps(gm) if has_vmaps(gm) else gm
+        new = trace_pre_dispatch(_Tracer(traced).run_flat, fakes, fake_mode_of(gm, fakes), decompositions)
     except DYNAMO_CONTROL_FLOW:
         raise
     except Exception as error:
@@ -148,13 +149,6 @@ class _Tracer(fx.Interpreter):
         else:
             torch._C._set_grad_enabled(self._grad_before_inference.pop())
         return None
-
-
-def _refuse_what_does_not_survive(gm: fx.GraphModule) -> None:
-    """Graphs that trace again, and then compile wrongly or not at all."""
-    targets = {getattr(n.target, "__name__", "") for n in gm.graph.nodes if n.op == "call_function"}
-    if "_vmap_increment_nesting" in targets:
-        raise CaptureError("inputs", "the graph holds a vmap, whose levels do not survive a second trace")
 
 
 # ** afterwards **

@@ -183,6 +183,27 @@ def trace_pre_dispatch(
     return traced
 
 
+def trace_below_dispatch(
+    function: Callable[..., Any], fakes: Sequence[object], mode: FakeTensorMode | None
+) -> fx.GraphModule:
+    """`function` as a graph of ATen below autograd and vmap, where batch dimensions are written out."""
+    with mode or contextlib.nullcontext():
+        traced: fx.GraphModule = make_fx(
+            function,
+            tracing_mode="real",
+            _allow_non_fake_inputs=True,  # 2.13
+        )(*fakes)
+    return traced
+
+
+def vmap_depth(target: object) -> int:
+    """1 for the call that pushes a vmap level, -1 for the one that pops it, 0 for everything else."""
+    module = getattr(target, "__module__", "") or ""
+    if "functorch" not in module:  # 2.13: torch._functorch.predispatch
+        return 0
+    return {"_vmap_increment_nesting": 1, "_vmap_decrement_nesting": -1}.get(getattr(target, "__name__", ""), 0)
+
+
 @contextlib.contextmanager
 def _restored_globals() -> Iterator[None]:
     """Grad mode and autocast as they were: a trace that fails half way leaves neither switched."""
