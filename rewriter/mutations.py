@@ -50,7 +50,8 @@ def _shared_input(node: fx.Node) -> fx.Node | None:
     maker = node.args[0] if node.target is operator.getitem else None
     # one member of a list lies where the maker's own input does, which need not be the first of them
     inputs = [*(maker.all_input_nodes if isinstance(maker, fx.Node) else ()), *node.all_input_nodes]
-    if (same := next((given for given in inputs if mine & _storages(given)), None)) is not None:
+    same: fx.Node | None = next((given for given in inputs if mine & _storages(given)), None)
+    if same is not None:
         return same
     if isinstance(maker, fx.Node):
         return maker

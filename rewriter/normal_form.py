@@ -81,8 +81,6 @@ def _is_identity(node: fx.Node, graph: fx.Graph) -> bool:
         return False
     if node.target in (aten.alias.default, aten.lift_fresh.default) or is_needless_detach(node):
         return True
-    if node.target is aten.detach.default:
-        return not value.requires_grad
     if node.target is aten.slice.Tensor and (len(node.args) < 5 or node.args[4] == 1):
         dim = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
         return statically_known_true(node.meta["val"].shape[dim] == value.shape[dim])

@@ -9,7 +9,14 @@ import operator
 import torch
 from torch import fx
 
-from .compat import HigherOrderOperator, OpOverload, new_unbacked_symbols, random_ops_kept, symbolic_functions
+from .compat import (
+    HigherOrderOperator,
+    OpOverload,
+    new_unbacked_symbols,
+    random_ops_kept,
+    switches_mode,
+    symbolic_functions,
+)
 
 __all__ = ["is_needless_detach", "is_pure", "is_random", "is_symbolic_arithmetic"]
 
@@ -64,8 +71,35 @@ def is_pure(node: fx.Node) -> bool:
 
 
 def is_needless_detach(node: fx.Node) -> bool:
-    """`detach_` writes no element; on a tensor without history it does nothing."""
-    if node.target is not aten.detach_.default or not isinstance(source := node.args[0], fx.Node):
+    """A detach of what has no gradient does nothing; `detach_` writes no element in any case."""
+    if node.target not in (aten.detach_.default, aten.detach.default) or not isinstance(node.args[0], fx.Node):
         return False
-    value = source.meta.get("val")
-    return isinstance(value, torch.Tensor) and not value.requires_grad
+    return not _may_carry_gradient(node.args[0])
+
+
+def _may_carry_gradient(node: fx.Node) -> bool:
+    """Whether a gradient may reach an input through `node`. The values of a trace are detached and do not tell."""
+    switches = (n for n in node.graph.nodes if switches_mode(n.target))
+    if not torch.is_grad_enabled() and not any(n.args[:1] == (True,) for n in switches):
+        return False
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        if (source := stack.pop()) in seen:
+            continue
+        seen.add(source)
+        stack += source.all_input_nodes
+        if source.op == "placeholder" and _requires_grad(source.meta.get("example_value")):
+            return True
+        if source.op == "get_attr" and isinstance(_attribute(source), torch.nn.Parameter):
+            return True
+    return False
+
+
+def _requires_grad(value: object) -> bool:
+    return value is None or (isinstance(value, torch.Tensor) and value.requires_grad)
+
+
+def _attribute(node: fx.Node) -> object:
+    owner = node.graph.owning_module
+    return functools.reduce(getattr, str(node.target).split("."), owner) if owner is not None else None
