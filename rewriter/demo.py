@@ -30,6 +30,7 @@ class DemoError(RuntimeError):
 
 def run_demo(tokens: int, attention: str, folder: str | None = None) -> bool:
     """Print the demo; says whether the compiled model generated the same tokens as the eager one."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # one progress display is enough
     with progress("importing torch and transformers"):
         import torch
 
