@@ -7,9 +7,15 @@ width. The mask is additive or boolean (True: visible) and broadcasts to [B, H, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
+
+from ..rewriter.layouts import shape_of
+from ..rewriter.nodes import args_of
+from ..rewriter.registry import LibraryCall, lowering
 
 torch.library.define(
     "latent::attention",
@@ -73,3 +79,22 @@ def padded_values(
         query_BHSD, key_BKTD, padded_BKTD, mask, is_causal=causal, scale=scale, enable_gqa=grouped
     )
     return out_BHSD[..., :E]
+
+
+@lowering("latent::attention")
+def choose(node: fx.Node) -> tuple[LibraryCall | Callable[..., Tensor], str]:
+    """The form for one node and the reason in words."""
+    query_node, key_node, value_node, mask, scale, causal, grouped = args_of(node)
+    query, value = shape_of(query_node), shape_of(value_node)
+    D, E = query[3], value[3]
+    device = node.meta["val"].device.type
+    if device == "cpu" and query[2] == 1 and grouped and not causal and D == E:
+        return one_query_per_group, "one query token: the heads of a group are rows of one product"
+    if device == "cpu" and isinstance(D, int) and isinstance(E, int) and D > E:
+        return padded_values, f"values padded from {E} to {D}, the width of the keys"
+    call = LibraryCall(
+        torch.ops.aten.scaled_dot_product_attention.default,
+        (query_node, key_node, value_node, mask, 0.0, causal),
+        {"scale": scale, "enable_gqa": grouped},
+    )
+    return call, "scaled_dot_product_attention"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
+from ..rewriter.nodes import args_of
 from ..rewriter.registry import pattern
 from ..rewriter.scalars import read_scalar
 from ..rewriter.sites import AttentionCall
@@ -12,8 +15,8 @@ from ..rewriter.sites import AttentionCall
 aten = torch.ops.aten
 
 
-def _argument(node: fx.Node, position: int, name: str, default: object) -> object:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+def _argument(node: fx.Node, position: int, name: str, default: object) -> Any:
+    return args_of(node)[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
 @pattern("call")
@@ -21,17 +24,17 @@ def scaled_dot_product_attention(node: fx.Node) -> AttentionCall | None:
     """sdpa(query[.. H S D], key[.. K T D], value[.. K T E])."""
     if node.target is not aten.scaled_dot_product_attention.default:
         return None
-    query, key, value = node.args[:3]
+    query, key, value = args_of(node)[:3]
     scale = _argument(node, 6, "scale", None)
     return AttentionCall(
         node,
         "sdpa",
-        query,  # type: ignore[arg-type]
-        key,  # type: ignore[arg-type]
-        value,  # type: ignore[arg-type]
+        query,
+        key,
+        value,
         _scale(query, scale),
         bool(_argument(node, 5, "is_causal", False)),
-        _argument(node, 3, "attn_mask", None),  # type: ignore[arg-type]
+        _argument(node, 3, "attn_mask", None),
         read_scalar(_argument(node, 4, "dropout_p", 0.0)) or 0.0,
         bool(_argument(node, 7, "enable_gqa", False)),
     )
@@ -42,17 +45,17 @@ def latent_attention(node: fx.Node) -> AttentionCall | None:
     """latent::attention, which earlier rewrites have put there."""
     if str(node.target) != "latent.attention.default":
         return None
-    query, key, value, mask = node.args[:4]
+    query, key, value, mask = args_of(node)[:4]
     return AttentionCall(
         node,
         "latent::attention",
-        query,  # type: ignore[arg-type]
-        key,  # type: ignore[arg-type]
-        value,  # type: ignore[arg-type]
-        _scale(query, node.args[4]),
-        bool(node.args[5]),
-        mask,  # type: ignore[arg-type]
-        grouped=bool(node.args[6]),
+        query,
+        key,
+        value,
+        _scale(query, args_of(node)[4]),
+        bool(args_of(node)[5]),
+        mask,
+        grouped=bool(args_of(node)[6]),
     )
 
 
@@ -61,23 +64,23 @@ def flex_attention(node: fx.Node) -> AttentionCall | None:
     """flex_attention(query, key, value, score_mod, block_mask, scale, ...), a higher-order operator."""
     if getattr(node.target, "__name__", "") != "flex_attention":
         return None
-    query, key, value = node.args[:3]
+    query, key, value = args_of(node)[:3]
     return AttentionCall(
         node,
         "flex_attention",
-        query,  # type: ignore[arg-type]
-        key,  # type: ignore[arg-type]
-        value,  # type: ignore[arg-type]
-        read_scalar(node.args[5]) if len(node.args) > 5 else None,
+        query,
+        key,
+        value,
+        read_scalar(args_of(node)[5]) if len(node.args) > 5 else None,
         grouped=True,
         opaque="its score and mask functions",
     )
 
 
-def _scale(query: object, scale: object) -> float | fx.Node | None:
+def _scale(query: fx.Node, scale: Any) -> float | fx.Node | None:
     """The scale in use: the argument (a node where it is symbolic), or 1/sqrt(D) where D is known."""
     if scale is not None:
         number = read_scalar(scale)
-        return number if number is not None else scale  # type: ignore[return-value]
-    width = query.meta["val"].shape[-1]  # type: ignore[attr-defined]
+        return number if number is not None else scale
+    width = query.meta["val"].shape[-1]
     return float(width) ** -0.5 if isinstance(width, int) else None

@@ -42,7 +42,7 @@ def encoder_layer(
 ) -> Tensor:
     """aten::_transformer_encoder_layer_fwd: attention and feed-forward with residuals, norms before or after."""
     if src_BSC.is_nested:
-        return NotImplemented
+        return NotImplemented  # type: ignore[no-any-return]  # make_fx then keeps the operator
     width = [embed_dim]
     x = F.layer_norm(src_BSC, width, norm_weight_1, norm_bias_1, eps) if norm_first else src_BSC
     attended = self_attention(x, num_heads, qkv_weight, qkv_bias, proj_weight, proj_bias, mask, mask_type)
@@ -99,7 +99,7 @@ def native_attention(
 ) -> tuple[Tensor, Tensor]:
     """aten::_native_multi_head_attention of one tensor with itself, where the weights are not asked for."""
     if query is not key or query is not value or need_weights or query.is_nested:
-        return NotImplemented
+        return NotImplemented  # type: ignore[no-any-return]  # make_fx then keeps the operator
     out = self_attention(query, num_head, qkv_weight, qkv_bias, proj_weight, proj_bias, mask, mask_type)
     return out, query.new_empty(0)
 

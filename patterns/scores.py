@@ -7,11 +7,13 @@ None. Both operand orders of a commutative operator come here, because the calle
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import fx
 
 from ..rewriter.layouts import is_cast, is_tensor, shape_of
+from ..rewriter.nodes import args_of, argument
 from ..rewriter.registry import pattern
 from ..rewriter.scalars import read_scalar
 from ..rewriter.score_form import HIDES
@@ -42,19 +44,19 @@ _DROPOUT = {aten.dropout.default, aten.dropout_.default, aten.feature_dropout.de
 _SPREAD = {aten.expand, aten.expand_as}
 
 
-def _other(node: fx.Node, carrier: fx.Node) -> object:
+def _other(node: fx.Node, carrier: fx.Node) -> Any:
     """The second operand of a binary operator, whichever side the carrier is on."""
-    return node.args[1] if node.args[0] is carrier else node.args[0]
+    return args_of(node)[1] if args_of(node)[0] is carrier else args_of(node)[0]
 
 
-def _boolean(node: object) -> bool:
+def _boolean(node: Any) -> bool:
     return isinstance(node, fx.Node) and is_tensor(node) and node.meta["val"].dtype == torch.bool
 
 
 @pattern("score_step")
 def cast(node: fx.Node, scores: fx.Node) -> ScoreStep | None:
     """scores.to(dtype)."""
-    return Cast(node, node.meta["val"].dtype) if is_cast(node) and node.args[0] is scores else None
+    return Cast(node, node.meta["val"].dtype) if is_cast(node) and args_of(node)[0] is scores else None
 
 
 @pattern("score_step")
@@ -67,12 +69,12 @@ def scale(node: fx.Node, scores: fx.Node) -> ScoreStep | None:
         if other is scores:  # squared scores
             return None
         number = read_scalar(other)
-        return Scale(node, factor=number) if number is not None else Scale(node, by=other)  # type: ignore[arg-type]
-    if node.target in _DIV and node.args[0] is scores and not node.kwargs.get("rounding_mode"):
-        number = read_scalar(node.args[1])
+        return Scale(node, factor=number) if number is not None else Scale(node, by=other)
+    if node.target in _DIV and args_of(node)[0] is scores and not node.kwargs.get("rounding_mode"):
+        number = read_scalar(args_of(node)[1])
         if number is not None:
             return Scale(node, factor=1.0 / number) if number else None
-        return Scale(node, by=node.args[1], divide=True)  # type: ignore[arg-type]
+        return Scale(node, by=args_of(node)[1], divide=True)
     return None
 
 
@@ -90,34 +92,34 @@ def bias(node: fx.Node, scores: fx.Node) -> ScoreStep | tuple[ScoreStep, ...] | 
     other = _other(node, scores)
     if other is scores:
         return None
-    alpha = read_scalar(node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1.0))
+    alpha = read_scalar(node.kwargs.get("alpha", args_of(node)[2] if len(node.args) > 2 else 1.0))
     if alpha is None:
         return None
-    carried_first = node.args[0] is scores
+    carried_first = args_of(node)[0] is scores
     if node.target in _SUB and (not carried_first or node.target is aten.rsub.Scalar):
         number = read_scalar(other)
-        rest = Bias(node, number if number is not None else other)  # type: ignore[arg-type]
+        rest = Bias(node, number if number is not None else other)
         return (Scale(node, factor=-1.0), rest) if alpha == 1.0 else None
     if not carried_first and alpha != 1.0:
         return None
     factor = -alpha if node.target in _SUB else alpha
     number = read_scalar(other)
-    return Bias(node, number if number is not None else other, factor)  # type: ignore[arg-type]
+    return Bias(node, number if number is not None else other, factor)
 
 
 @pattern("score_step")
 def fill(node: fx.Node, scores: fx.Node) -> ScoreStep | None:
     """masked_fill(scores, hide, c), where(keep, scores, c), where(hide, c, scores)."""
-    if node.target in _FILL and node.args[0] is scores:
-        value = read_scalar(node.args[2])
-        return None if value is None else Fill(node, node.args[1], False, value)  # type: ignore[arg-type]
+    if node.target in _FILL and args_of(node)[0] is scores:
+        value = read_scalar(args_of(node)[2])
+        return None if value is None else Fill(node, args_of(node)[1], False, value)
     if node.target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar):
-        condition, yes, no = node.args[:3]
+        condition, yes, no = args_of(node)[:3]
         if not _boolean(condition):
             return None
         keep = yes is scores
         value = read_fill(no if keep else yes)
-        return None if value is None else Fill(node, condition, keep, value)  # type: ignore[arg-type]
+        return None if value is None else Fill(node, condition, keep, value)
     return None
 
 
@@ -127,15 +129,16 @@ def read_fill(value: object) -> float | None:
     if number is not None or not isinstance(value, fx.Node):
         return number
     if value.target in (aten.full_like.default, aten.full.default, aten.new_full.default):
-        return read_scalar(value.args[2] if value.target is aten.new_full.default else value.args[1])
+        return read_scalar(args_of(value)[2] if value.target is aten.new_full.default else args_of(value)[1])
     if value.target in (aten.zeros_like.default, aten.zeros.default):
         return 0.0
     overload = getattr(value.target, "overloadpacket", None)
     if overload in _SPREAD or is_cast(value):
-        return read_fill(value.args[0])
+        return read_fill(args_of(value)[0])
     if value.target in _MUL:
-        factors = [read_fill(factor) for factor in value.args[:2]]
-        return math.prod(factors) if None not in factors else None  # type: ignore[arg-type]
+        factors = [read_fill(factor) for factor in args_of(value)[:2]]
+        known = [factor for factor in factors if factor is not None]
+        return math.prod(known) if len(known) == len(factors) else None
     if value.target is aten.ones_like.default:
         return 1.0
     return None
@@ -146,13 +149,13 @@ def sink(node: fx.Node, scores: fx.Node) -> ScoreStep | None:
     """cat([scores, sink], dim): scores of things that have no value."""
     if node.target is not aten.cat.default:
         return None
-    parts = node.args[0]
-    others = [part for part in parts if part is not scores]  # type: ignore[union-attr]
-    if len(others) != 1 or len(parts) != 2:  # type: ignore[arg-type]
+    parts = args_of(node)[0]
+    others = [part for part in parts if part is not scores]
+    if len(others) != 1 or len(parts) != 2:
         return None
     rank = len(shape_of(scores))
-    dim = int(node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % rank  # type: ignore[arg-type]
-    return Sink(node, others[0], dim, others[0] is parts[0], shape_of(others[0])[dim])  # type: ignore[index]
+    dim = int(argument(node, 1, "dim", 0)) % rank
+    return Sink(node, others[0], dim, others[0] is parts[0], shape_of(others[0])[dim])
 
 
 @pattern("score_step")
@@ -160,9 +163,11 @@ def padded_sink(node: fx.Node, scores: fx.Node) -> ScoreStep | None:
     """pad(scores, (1, 0), value): a column of one number."""
     if node.target not in (aten.pad.default, aten.constant_pad_nd.default):
         return None
-    widths = list(node.args[1])  # type: ignore[arg-type]
-    mode = node.args[2] if node.target is aten.pad.default and len(node.args) > 2 else "constant"
-    value = read_scalar(node.args[-1] if isinstance(node.args[-1], int | float) else node.kwargs.get("value") or 0.0)
+    widths = list(args_of(node)[1])
+    mode = args_of(node)[2] if node.target is aten.pad.default and len(node.args) > 2 else "constant"
+    value = read_scalar(
+        args_of(node)[-1] if isinstance(args_of(node)[-1], int | float) else node.kwargs.get("value") or 0.0
+    )
     padded = [i for i, width in enumerate(widths) if width != 0]
     if mode != "constant" or value is None or len(padded) != 1 or not isinstance(widths[padded[0]], int):
         return None
@@ -186,15 +191,15 @@ def floor(node: fx.Node, scores: fx.Node) -> ScoreStep | None:
 @pattern("score_step")
 def assigned(node: fx.Node, scores: fx.Node) -> ScoreStep | None:
     """scores[.., mask] = c with one boolean mask over the last dimensions."""
-    if node.target not in (aten.index_put_.default, aten.index_put.default) or node.args[0] is not scores:
+    if node.target not in (aten.index_put_.default, aten.index_put.default) or args_of(node)[0] is not scores:
         return None
-    indices, value = node.args[1], read_fill(node.args[2])
-    mask = indices[-1] if indices else None  # type: ignore[index]
-    if value is None or not _boolean(mask) or any(index is not None for index in indices[:-1]):  # type: ignore[index]
+    indices, value = args_of(node)[1], read_fill(args_of(node)[2])
+    mask: Any = indices[-1] if indices else None
+    if value is None or not _boolean(mask) or any(index is not None for index in indices[:-1]):
         return None
-    if len(indices) - 1 + len(shape_of(mask)) != len(shape_of(scores)):  # type: ignore[arg-type]
+    if len(indices) - 1 + len(shape_of(mask)) != len(shape_of(scores)):
         return None
-    return Fill(node, mask, False, value)  # type: ignore[arg-type]
+    return Fill(node, mask, False, value)
 
 
 # ------------------------------------------------------------------ after the softmax
@@ -203,7 +208,7 @@ def assigned(node: fx.Node, scores: fx.Node) -> ScoreStep | None:
 @pattern("weight_step")
 def weight_cast(node: fx.Node, weights: fx.Node) -> WeightStep | None:
     """weights.to(dtype)."""
-    return Cast(node, node.meta["val"].dtype) if is_cast(node) and node.args[0] is weights else None
+    return Cast(node, node.meta["val"].dtype) if is_cast(node) and args_of(node)[0] is weights else None
 
 
 @pattern("weight_step")
@@ -211,7 +216,7 @@ def dropout(node: fx.Node, weights: fx.Node) -> WeightStep | None:
     """dropout(weights, p, training)."""
     if node.target not in _DROPOUT:
         return None
-    p, training = read_scalar(node.args[1]), node.args[2]
+    p, training = read_scalar(args_of(node)[1]), args_of(node)[2]
     return Dropout(node, (p if p is not None else 1.0) if training else 0.0)
 
 
@@ -230,20 +235,20 @@ def gate(node: fx.Node, weights: fx.Node) -> WeightStep | None:
             return None
         if read_scalar(other) == 1.0:
             return Dropout(node, 0.0)
-        return Gate(node, other) if is_tensor(other) else Changed(node, "the weights are scaled")  # type: ignore[arg-type]
+        return Gate(node, other) if is_tensor(other) else Changed(node, "the weights are scaled")
     return None
 
 
 @pattern("weight_step")
 def changed(node: fx.Node, weights: fx.Node) -> WeightStep | None:
     """Elementwise changes that plain attention does not express; the site is still attention, of changed weights."""
-    if node.target in _FILL and node.args[0] is weights:
-        return Rehidden(node, node.args[1], True, read_scalar(node.args[2]))  # type: ignore[arg-type]
-    if node.target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf) and _boolean(node.args[0]):
-        kept = node.args[1] is weights
-        return Rehidden(node, node.args[0], not kept, read_fill(node.args[2 if kept else 1]))  # type: ignore[arg-type]
-    if node.target in _ADD | _SUB and node.args[0] is weights:
+    if node.target in _FILL and args_of(node)[0] is weights:
+        return Rehidden(node, args_of(node)[1], True, read_scalar(args_of(node)[2]))
+    if node.target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf) and _boolean(args_of(node)[0]):
+        kept = args_of(node)[1] is weights
+        return Rehidden(node, args_of(node)[0], not kept, read_fill(args_of(node)[2 if kept else 1]))
+    if node.target in _ADD | _SUB and args_of(node)[0] is weights:
         return Changed(node, "something is added to the weights")
-    if node.target in _DIV and node.args[0] is weights:
+    if node.target in _DIV and args_of(node)[0] is weights:
         return Changed(node, "the weights are divided again after the softmax")
     return None

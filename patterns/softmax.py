@@ -22,6 +22,7 @@ from torch import fx
 
 from ..rewriter.axes import AxisSpace
 from ..rewriter.layouts import is_cast, is_tensor, layout_step, shape_of
+from ..rewriter.nodes import args_of
 from ..rewriter.registry import pattern
 from ..rewriter.scalars import read_scalar
 from ..rewriter.sites import SoftmaxSpelling
@@ -30,7 +31,12 @@ from ..rewriter.totals import broadcasts, layout_of_total
 aten = torch.ops.aten
 
 _LIBRARY = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default, aten.special_softmax.default}
-_EXPONENTIALS = {aten.exp.default: 1.0, aten.exp_.default: 1.0, aten.exp2.default: math.log(2), aten.exp2_.default: math.log(2)}
+_EXPONENTIALS: dict[object, float] = {
+    aten.exp.default: 1.0,
+    aten.exp_.default: 1.0,
+    aten.exp2.default: math.log(2),
+    aten.exp2_.default: math.log(2),
+}
 _ADD = {aten.add.Tensor, aten.add.Scalar, aten.add_.Tensor}
 _SUB = {aten.sub.Tensor, aten.sub_.Tensor}
 _DIV = {aten.div.Tensor, aten.true_divide.Tensor, aten.div_.Tensor}
@@ -40,14 +46,14 @@ _FLOORS = {aten.clamp_min.default, aten.clamp.default, aten.maximum.default}
 
 def _dim(node: fx.Node, position: int = 1) -> int | None:
     """The one dimension an operator reduces, counted from the front."""
-    dims = node.args[position] if len(node.args) > position else node.kwargs.get("dim")
+    dims = args_of(node)[position] if len(node.args) > position else node.kwargs.get("dim")
     if isinstance(dims, list | tuple):
         if len(dims) != 1:
             return None
         dims = dims[0]
-    if not isinstance(dims, int) or not isinstance(node.args[0], fx.Node):
+    if not isinstance(dims, int) or not isinstance(args_of(node)[0], fx.Node):
         return None
-    return dims % max(len(shape_of(node.args[0])), 1)
+    return dims % max(len(shape_of(args_of(node)[0])), 1)
 
 
 def _dtype(node: fx.Node) -> torch.dtype | None:
@@ -60,43 +66,43 @@ def library_softmax(node: fx.Node) -> SoftmaxSpelling | None:
     """softmax(x, dim)."""
     if node.target not in _LIBRARY or (dim := _dim(node)) is None:
         return None
-    return SoftmaxSpelling(node, node.args[0], dim, node, _dtype(node))  # type: ignore[arg-type]
+    return SoftmaxSpelling(node, args_of(node)[0], dim, node, _dtype(node))
 
 
 @pattern("softmax")
 def exponential_of_log_softmax(node: fx.Node) -> SoftmaxSpelling | None:
     """exp(log_softmax(x))."""
-    inner = node.args[0] if node.target is aten.exp.default else None
+    inner = args_of(node)[0] if node.target is aten.exp.default else None
     if not isinstance(inner, fx.Node) or inner.target not in (aten.log_softmax.int, aten._log_softmax.default):
         return None
     dim = _dim(inner)
-    return None if dim is None else SoftmaxSpelling(node, inner.args[0], dim, node, _dtype(inner))  # type: ignore[arg-type]
+    return None if dim is None else SoftmaxSpelling(node, args_of(inner)[0], dim, node, _dtype(inner))
 
 
 @pattern("softmax")
 def exponential_of_shifted(node: fx.Node) -> SoftmaxSpelling | None:
     """exp(x - logsumexp(x, keepdim))."""
-    inner = node.args[0] if node.target is aten.exp.default else None
+    inner = args_of(node)[0] if node.target is aten.exp.default else None
     if not isinstance(inner, fx.Node) or inner.target not in _SUB:
         return None
-    scores, shift = inner.args[:2]
+    scores, shift = args_of(inner)[:2]
     for total in _upwards(shift):
-        if total.target is aten.logsumexp.default and total.args[0] is scores and (dim := _dim(total)) is not None:
-            return SoftmaxSpelling(node, scores, dim, node) if _lines_up(total, shift, scores, dim) else None  # type: ignore[arg-type]
+        if total.target is aten.logsumexp.default and args_of(total)[0] is scores and (dim := _dim(total)) is not None:
+            return SoftmaxSpelling(node, scores, dim, node) if _lines_up(total, shift, scores, dim) else None
     return None
 
 
 @pattern("softmax")
 def exponentials_over_their_sum(node: fx.Node) -> SoftmaxSpelling | None:
     """e / sum(e), at once or after the value product; `node` is e."""
-    base = _EXPONENTIALS.get(node.target)  # type: ignore[arg-type]
-    if base is None or not is_tensor(node) or not isinstance(node.args[0], fx.Node):
+    base = _EXPONENTIALS.get(node.target)
+    if base is None or not is_tensor(node) or not isinstance(args_of(node)[0], fx.Node):
         return None
     later: SoftmaxSpelling | None = None
     for total, dim in _totals(node):
-        for divisor in _divisors(total, node.args[0]):
+        for divisor in _divisors(total, args_of(node)[0]):
             found = SoftmaxSpelling(
-                node, node.args[0], dim, node, sink=divisor.sink, base=base, inexact=divisor.inexact
+                node, args_of(node)[0], dim, node, sink=divisor.sink, base=base, inexact=divisor.inexact
             )
             for quotient, numerator in _quotients(divisor):
                 if node in _upwards(numerator, casts=True) and shape_of(numerator) == shape_of(node):
@@ -113,10 +119,10 @@ def _totals(exponentials: fx.Node) -> Iterator[tuple[fx.Node, int]]:
         dim: int | None = None
         if user.target is aten.sum.dim_IntList:
             dim = _dim(user)
-        elif user.target is aten.linalg_vector_norm.default and user.args[1] == 1:  # F.normalize(p=1) of positives
+        elif user.target is aten.linalg_vector_norm.default and args_of(user)[1] == 1:  # F.normalize(p=1) of positives
             dim = _dim(user, 2)
-        elif user.target is aten.einsum.default and len(user.args[1]) == 1:  # type: ignore[arg-type]
-            dim = _einsum_dim(str(user.args[0]))
+        elif user.target is aten.einsum.default and len(args_of(user)[1]) == 1:
+            dim = _einsum_dim(str(args_of(user)[0]))
         if dim is not None:
             yield user, dim
 
@@ -149,13 +155,13 @@ def _divisors(total: fx.Node, scores: fx.Node) -> Iterator[_Divisor]:
             elif _is_reciprocal(user):
                 pending.append(replace(divisor, node=user, reciprocal=not divisor.reciprocal))
             elif user.target in _ADD and divisor.sink is None:
-                other = user.args[1] if user.args[0] is divisor.node else user.args[0]
+                other = args_of(user)[1] if args_of(user)[0] is divisor.node else args_of(user)[0]
                 if _is_score_zero(other, scores):
                     pending.append(replace(divisor, node=user, sink=0.0))
                 elif read_scalar(other) is not None:
                     reason = f"{read_scalar(other):g} is added to the row sums"
                     pending.append(replace(divisor, node=user, inexact=reason))
-            elif user.target in _FLOORS and len(user.args) > 1 and read_scalar(user.args[1]) is not None:
+            elif user.target in _FLOORS and len(user.args) > 1 and read_scalar(args_of(user)[1]) is not None:
                 pending.append(replace(divisor, node=user, inexact="the row sums are bounded from below"))
 
 
@@ -165,22 +171,26 @@ def _is_score_zero(value: object, scores: fx.Node) -> bool:
         return read_scalar(value) == 1.0
     if not isinstance(value, fx.Node) or value.target is not aten.exp.default:
         return False
-    negated = value.args[0]
-    return isinstance(negated, fx.Node) and negated.target is aten.neg.default and negated.args[0] is scores.args[1]
+    negated = args_of(value)[0]
+    return (
+        isinstance(negated, fx.Node)
+        and negated.target is aten.neg.default
+        and args_of(negated)[0] is args_of(scores)[1]
+    )
 
 
 def _is_reciprocal(node: fx.Node) -> bool:
-    power = node.target is aten.pow.Tensor_Scalar and node.args[1] == -1
+    power = node.target is aten.pow.Tensor_Scalar and args_of(node)[1] == -1
     return power or node.target is aten.reciprocal.default
 
 
 def _quotients(divisor: _Divisor) -> Iterator[tuple[fx.Node, fx.Node]]:
     """(quotient, numerator) of every division by the divisor, or multiplication by its reciprocal."""
     for user in divisor.node.users:
-        if not divisor.reciprocal and user.target in _DIV and user.args[1] is divisor.node:
-            yield user, user.args[0]  # type: ignore[misc]
+        if not divisor.reciprocal and user.target in _DIV and args_of(user)[1] is divisor.node:
+            yield user, args_of(user)[0]
         elif divisor.reciprocal and user.target in _MUL:
-            other = user.args[1] if user.args[0] is divisor.node else user.args[0]
+            other = args_of(user)[1] if args_of(user)[0] is divisor.node else args_of(user)[0]
             if isinstance(other, fx.Node):
                 yield user, other
 
@@ -193,7 +203,7 @@ def _upwards(node: object, casts: bool = False) -> Iterator[fx.Node]:
         if step is not None:
             node = step.source
         elif casts and is_cast(node):
-            node = node.args[0]
+            node = args_of(node)[0]
         else:
             return
 

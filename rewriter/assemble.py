@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import fx
 
-from .axes import AxisSpace, Dim, Layout, flat, same_size
+from .axes import Axis, AxisSpace, Dim, Layout, flat, same_size
 from .layouts import is_cast, layout_step, shape_of
+from .nodes import args_of
 from .sites import (
     AttentionCall,
     AttentionSite,
@@ -145,7 +148,7 @@ def call_site(call: AttentionCall, space: AxisSpace) -> AttentionSite:
     value = peel(call.value, layout_v, space)
     output = call.anchor
     for user in call.anchor.users:
-        if call.name == "flex_attention" and user.args[1:] == (0,):
+        if call.name == "flex_attention" and args_of(user)[1:] == (0,):
             output = user
     return AttentionSite(
         anchor=call.anchor,
@@ -195,12 +198,14 @@ def _term(
         return rhs, lhs
     size = " x ".join(str(axis.size) for axis in keys)
     if wanted & axes_lhs & axes_rhs:
-        raise Refused(f"the softmax runs over an axis (size {size}) that queries and keys share, like heads", softmax, 2)
+        raise Refused(
+            f"the softmax runs over an axis (size {size}) that queries and keys share, like heads", softmax, 2
+        )
     raise Refused(f"the softmax runs over more than the keys (size {size})", softmax, 2)
 
 
 def _blended(
-    steps: tuple[ScoreStep, ...], keys: Dim, query_only: frozenset, space: AxisSpace
+    steps: tuple[ScoreStep, ...], keys: Dim, query_only: frozenset[Axis], space: AxisSpace
 ) -> tuple[ScoreStep, ...]:
     """Scores times a tensor of queries and keys are attention only as one half of scores * m + c (1 - m).
 
@@ -212,7 +217,7 @@ def _blended(
         if axes & set(keys) and axes & query_only:
             assert isinstance(step, Scale) and step.by is not None
             later = [s for s in steps if isinstance(s, Bias) and isinstance(s.bias, fx.Node) and s.node > step.node]
-            if step.divide or not any(_reads(s.bias, root_of(step.by)) for s in later):  # type: ignore[arg-type]
+            if step.divide or not any(_reads(s.bias, root_of(step.by)) for s in later if isinstance(s.bias, fx.Node)):
                 reason = "single scores are multiplied by a tensor that varies over queries and keys"
                 raise Refused(reason, step.node, 2)
             found.append(Blend(step.node, step.by, step.layout))
@@ -229,7 +234,7 @@ def _reads(node: fx.Node, source: fx.Node, depth: int = 6) -> bool:
 
 
 def _fitting_term(
-    extra: Product, keys: Dim, query_only: frozenset, space: AxisSpace, softmax: fx.Node
+    extra: Product, keys: Dim, query_only: frozenset[Axis], space: AxisSpace, softmax: fx.Node
 ) -> tuple[tuple[fx.Node, Layout], tuple[fx.Node, Layout]] | None:
     """(query, key) of a further product; None when its key varies with the query (relative positions: a bias)."""
     try:
@@ -244,7 +249,7 @@ def _weight_labels(values: ValueProduct) -> tuple[str | None, ...]:
     return found.lhs_labels if values.weights_are_lhs else found.rhs_labels
 
 
-def _summed_axes(values: ValueProduct, space: AxisSpace) -> frozenset:
+def _summed_axes(values: ValueProduct, space: AxisSpace) -> frozenset[Axis]:
     labels = _weight_labels(values)
     dims = [dim for label, dim in zip(labels, values.weights, strict=True) if label in values.contraction.summed]
     return space.axes(tuple(dims))
@@ -258,8 +263,8 @@ def _wrong_axis(values: ValueProduct, keys: Dim, space: AxisSpace) -> str:
     keys = space.resolve(keys)
     summed = _summed_axes(values, space)
 
-    def text(axes: Sequence[object]) -> str:
-        return " and ".join(f"{axis.name!r} (size {axis.size})" for axis in axes) or "none"  # type: ignore[attr-defined]
+    def text(axes: Iterable[Axis]) -> str:
+        return " and ".join(f"{axis.name!r} (size {axis.size})" for axis in axes) or "none"
 
     return (
         f"the softmax normalises axis {text(keys)}, "
@@ -272,9 +277,7 @@ def _value_operand(values: ValueProduct, space: AxisSpace) -> tuple[fx.Node, Lay
     found = values.contraction
     value = found.rhs if values.weights_are_lhs else found.lhs
     labels = found.rhs_labels if values.weights_are_lhs else found.lhs_labels
-    dims = {
-        label: dim for label, dim in zip(_weight_labels(values), values.weights, strict=True) if label is not None
-    }
+    dims = {label: dim for label, dim in zip(_weight_labels(values), values.weights, strict=True) if label is not None}
     for label, size in zip(labels, shape_of(value), strict=True):
         if label is not None and label not in dims:
             dims[label] = space.fresh("e" if label not in found.summed else label, size)
@@ -302,7 +305,7 @@ def _divide_later(
             if moved is None:
                 raise Refused("the value product is cut before it is divided by the row sums", user, 2)
             layout = moved
-        elif set(user.args[:2]) == {output, spelling.divided_later}:
+        elif set(args_of(user)[:2]) == {output, spelling.divided_later}:
             _check_rows(spelling, values, layout, space, user)
             path.append(user)
             return user, layout, tuple(path)
@@ -333,7 +336,9 @@ def _weight_steps(
     for step in values.steps:
         if isinstance(step, Rehidden):
             if step.value != 0.0 or root_of(step.condition) not in masks:
-                raise Refused("the weights are masked after the softmax, with another mask than before it", step.node, 2)
+                raise Refused(
+                    "the weights are masked after the softmax, with another mask than before it", step.node, 2
+                )
             found.append(NanToZero(step.node))
         elif isinstance(step, Changed):
             raise Refused(step.reason, step.node, 2)
@@ -351,7 +356,7 @@ def root_of(node: fx.Node) -> fx.Node:
         if step is not None:
             node = step.source
         elif is_cast(node) or str(node.target) in ("aten.logical_not.default", "aten.bitwise_not.default"):
-            node = node.args[0]  # type: ignore[assignment]
+            node = args_of(node)[0]
         else:
             return node
 
@@ -365,10 +370,9 @@ def _factor(steps: Sequence[ScoreStep]) -> float:
 
 
 def _resolved(step: ScoreStep, space: AxisSpace) -> ScoreStep:
-    import dataclasses
-
     layout = getattr(step, "layout", None)
-    return dataclasses.replace(step, layout=space.resolve_layout(layout)) if layout else step  # type: ignore[call-arg]
+    changed: Any = {"layout": space.resolve_layout(layout)} if layout else {}
+    return dataclasses.replace(step, **changed)
 
 
 def _roles(
@@ -397,9 +401,7 @@ def _roles(
     # The rows of one key head: query tokens, and heads that share keys. Masks tell the two apart where a spelling
     # folds both into one dimension; an axis that keys or values merely repeat is a group as well.
     single = [axis for axis in order if axis not in indexed]
-    masked = space.axes(
-        *(space.resolve_layout(s.layout) for s in steps if isinstance(s, Bias | Fill) and s.layout)
-    )
+    masked = space.axes(*(space.resolve_layout(s.layout) for s in steps if isinstance(s, Bias | Fill) and s.layout))
     free = [axis for axis in single if _free_label(axis, scores, query_layouts)]
     queries = [axis for axis in free if axis in masked] or free or single[-1:]
     repeated = [axis for axis in order if axis in indexed and axis not in roots]
@@ -415,10 +417,10 @@ def _roles(
     )
 
 
-def _free_label(axis: object, scores: Layout, queries: Sequence[Layout]) -> bool:
+def _free_label(axis: Axis, scores: Layout, queries: Sequence[Layout]) -> bool:
     """Whether the axis sits in the query's row dimension, not in a batch dimension that the keys broadcast over."""
     last = [dim for dim in scores if axis in dim]
-    return bool(last) and scores.index(last[0]) >= len(scores) - 2 or any(
+    return (bool(last) and scores.index(last[0]) >= len(scores) - 2) or any(
         axis in layout[-2] for layout in queries if len(layout) >= 2
     )
 
@@ -426,12 +428,12 @@ def _free_label(axis: object, scores: Layout, queries: Sequence[Layout]) -> bool
 def _region(
     spelling: SoftmaxSpelling,
     product: Product,
-    second: Sequence[Product] | object,
+    second: Iterable[Product],
     values: ValueProduct,
     tail: Path,
 ) -> tuple[fx.Node, ...]:
     nodes = {*product.path, spelling.anchor, spelling.weights, *values.path, values.contraction.node, *tail}
-    for extra in second:  # type: ignore[attr-defined]
+    for extra in second:
         nodes.update(extra.path)
     # softmax by hand: what lies between the scores and the weights
     pending = [spelling.weights, *([spelling.divided_later] if spelling.divided_later else [])]

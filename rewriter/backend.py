@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import fx
 
 from . import history
@@ -22,7 +21,7 @@ from .compat import DYNAMO_CONTROL_FLOW, compile_id, hand_to_inductor, list_mode
 from .dump import dump_graph, dump_report, trace_artifacts
 from .expect import check_expectations
 from .lower import lower
-from .normal_form import check_normal_form, normalise, remove_dead_code
+from .normal_form import normalise, remove_dead_code
 from .opening import decompositions
 from .options import ExpectationFailed, OptionError, Options, read_options
 from .prologue import hoist
@@ -34,6 +33,9 @@ log = logging.getLogger(__name__)
 
 Compiled = Callable[..., Any]
 STAGES = ("capture", "normal form", "recognise", "rewrite", "lower", "hoist", "inductor")
+NOT_OURS: tuple[type[BaseException], ...] = (*DYNAMO_CONTROL_FLOW, ExpectationFailed, OptionError)
+"""What passes through: Dynamo's control flow, and errors that are the user's to read."""
+
 _numbers = itertools.count()
 
 
@@ -57,7 +59,7 @@ def latent(
     spare = untouched_copy(gm)
     try:
         return compile_graph(gm, example_inputs, chosen)
-    except (*DYNAMO_CONTROL_FLOW, ExpectationFailed, OptionError):
+    except NOT_OURS:
         raise
     except Exception as error:
         if chosen.strict:
@@ -133,7 +135,7 @@ def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
     start = time.perf_counter()
     try:
         yield
-    except (*DYNAMO_CONTROL_FLOW, ExpectationFailed):
+    except NOT_OURS:
         raise
     except Exception as error:
         raise StageFailed(name, error) from error

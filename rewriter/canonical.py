@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from .axes import Dim, Layout, flat
+from .axes import Axis, Dim, Layout, flat
 from .emit import Emitter
 from .layouts import is_tensor
 from .score_form import HIDES, ScoreForm, key_scaling
@@ -50,7 +50,7 @@ def width_of(site: AttentionSite, term: int = 0) -> Dim:
     return tuple(axis for axis in flat(key) if axis in in_query and axis not in outer)
 
 
-def groups_repeated(site: AttentionSite) -> set[object]:
+def groups_repeated(site: AttentionSite) -> set[Axis]:
     """Group axes that keys or values hold as repetitions."""
     space = site.space
     return set(site.axes.groups) & space.axes(*(term.key.layout for term in site.terms), site.value.layout)
@@ -104,13 +104,13 @@ def _scaled(emit: Emitter, scale: float | fx.Node, step: Scale) -> float | fx.No
 
 def _multiply(emit: Emitter, tensor: fx.Node, step: Scale, target: Layout) -> fx.Node:
     assert step.by is not None
-    factor = emit.cast(emit.relayout(step.by, step.layout, target) if step.layout else step.by, tensor.meta["val"].dtype)
+    factor = emit.cast(
+        emit.relayout(step.by, step.layout, target) if step.layout else step.by, tensor.meta["val"].dtype
+    )
     return emit.call(aten.div.Tensor if step.divide else aten.mul.Tensor, tensor, factor)
 
 
-def emit_mask(
-    emit: Emitter, form: Canonical, scores: ScoreForm, query: fx.Node
-) -> tuple[fx.Node | None, fx.Node]:
+def emit_mask(emit: Emitter, form: Canonical, scores: ScoreForm, query: fx.Node) -> tuple[fx.Node | None, fx.Node]:
     """The additive mask [B|1 H|1 S|1 T], and the query, zeroed where a mild fill hides a whole row.
 
     where(keep, s, -1e4) of a row without keys is uniform, s - 1e4 is not: with q = 0 there both are.
@@ -164,7 +164,7 @@ def emit_attention(
     key: fx.Node,
     value: fx.Node,
     mask: fx.Node | None,
-    scale: float | fx.Node,
+    scale: float | fx.Node | None,
     causal: bool,
 ) -> fx.Node:
     """latent::attention on canonical tensors, its result in the layout and dtype of the site's output."""

@@ -37,7 +37,9 @@ class Certificate:
         return self.error <= TOLERANCE and (self.compared > 0 or bool(self.note))
 
 
-def certify(original: fx.Node, replacement: fx.Node, new: Iterable[fx.Node], evaluate: Iterable[fx.Node]) -> Certificate:
+def certify(
+    original: fx.Node, replacement: fx.Node, new: Iterable[fx.Node], evaluate: Iterable[fx.Node]
+) -> Certificate:
     """Compare `replacement` (built from the nodes `new`) with `original`."""
     new = set(new)
     frontier = {node for added in new for node in added.all_input_nodes if node not in new}

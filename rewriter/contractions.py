@@ -17,6 +17,7 @@ from torch import fx
 
 from .axes import same_size
 from .layouts import is_tensor, shape_of
+from .nodes import args_of
 
 aten = torch.ops.aten
 Labels = tuple[str | None, ...]
@@ -56,9 +57,9 @@ def contraction(node: fx.Node) -> Contraction | None:
         return None
     match node.target:
         case aten.matmul.default | aten.mm.default | aten.bmm.default | aten.mv.default:
-            return _matmul(node, node.args[0], node.args[1])
+            return _matmul(node, args_of(node)[0], args_of(node)[1])
         case aten.baddbmm.default | aten.addmm.default:
-            product = _matmul(node, node.args[1], node.args[2])
+            product = _matmul(node, args_of(node)[1], args_of(node)[2])
             return product and _with_addend(product, node)
         case aten.einsum.default:
             return _einsum(node)
@@ -104,12 +105,12 @@ def _broadcast(product: Contraction) -> Contraction | None:
         if len(labels) != len(shape):
             return None
         for label, size in zip(labels, shape, strict=True):
-            if label is not None and (label not in sizes or same_size(sizes[label], 1)):  # type: ignore[arg-type]
+            if label is not None and (label not in sizes or same_size(sizes[label], 1)):
                 sizes[label] = size
 
     def masked(labels: Labels, shape: Sequence[object]) -> Labels:
         return tuple(
-            None if label is None or (same_size(size, 1) and not same_size(sizes[label], 1)) else label  # type: ignore[arg-type]
+            None if label is None or (same_size(size, 1) and not same_size(sizes[label], 1)) else label
             for label, size in zip(labels, shape, strict=True)
         )
 
@@ -124,7 +125,7 @@ def _broadcast(product: Contraction) -> Contraction | None:
 
 
 def _with_addend(product: Contraction, node: fx.Node) -> Contraction:
-    addend = node.args[0]
+    addend = args_of(node)[0]
     return Contraction(
         node,
         product.lhs,
@@ -139,10 +140,10 @@ def _with_addend(product: Contraction, node: fx.Node) -> Contraction:
 
 
 def _einsum(node: fx.Node) -> Contraction | None:
-    equation, operands = node.args[0], node.args[1]
-    if not isinstance(equation, str) or len(operands) != 2:  # type: ignore[arg-type]
+    equation, operands = args_of(node)[0], args_of(node)[1]
+    if not isinstance(equation, str) or len(operands) != 2:
         return None
-    if (pair := _pair(operands[0], operands[1])) is None:  # type: ignore[index]
+    if (pair := _pair(operands[0], operands[1])) is None:
         return None
     equation = equation.replace(" ", "")
     inputs, arrow, output = equation.partition("->")
@@ -150,9 +151,7 @@ def _einsum(node: fx.Node) -> Contraction | None:
     if len(terms) != 2:
         return None
     ranks = [len(shape_of(operand)) for operand in pair]
-    spread = max(
-        (rank - len(term) + 3 for term, rank in zip(terms, ranks, strict=True) if "..." in term), default=0
-    )
+    spread = max((rank - len(term) + 3 for term, rank in zip(terms, ranks, strict=True) if "..." in term), default=0)
     a, b = (_letters(term, rank, spread) for term, rank in zip(terms, ranks, strict=True))
     if arrow:
         out = _letters(output, len(shape_of(node)), spread)
@@ -179,12 +178,12 @@ def _letters(term: str, rank: int, spread: int) -> tuple[str, ...]:
 
 def _linear(node: fx.Node) -> Contraction | None:
     """x[.. k] weight[n k] (+ bias[n])."""
-    if (pair := _pair(node.args[0], node.args[1])) is None:
+    if (pair := _pair(args_of(node)[0], args_of(node)[1])) is None:
         return None
     x, weight = pair
     lead = tuple(f"b{i}" for i in range(len(shape_of(x)) - 1))
     weight_labels = ("n", "k") if len(shape_of(weight)) == 2 else ("k",)
-    bias = node.args[2] if len(node.args) > 2 else None
+    bias = args_of(node)[2] if len(node.args) > 2 else None
     return Contraction(
         node,
         x,
@@ -197,18 +196,18 @@ def _linear(node: fx.Node) -> Contraction | None:
 
 
 def _multiply_and_sum(node: fx.Node) -> Contraction | None:
-    times = node.args[0]
+    times = args_of(node)[0]
     if not isinstance(times, fx.Node) or times.target is not aten.mul.Tensor:
         return None
-    if (pair := _pair(times.args[0], times.args[1])) is None:
+    if (pair := _pair(args_of(times)[0], args_of(times)[1])) is None:
         return None
     shape = shape_of(times)
-    dims = node.args[1] if len(node.args) > 1 else None
+    dims = args_of(node)[1] if len(node.args) > 1 else None
     if not isinstance(dims, list | tuple) or len(dims) != 1:
         return None
     dim = int(dims[0]) % len(shape)
     labels = tuple("k" if i == dim else f"b{i}" for i in range(len(shape)))
-    keepdim = bool(node.args[2]) if len(node.args) > 2 else bool(node.kwargs.get("keepdim", False))
+    keepdim = bool(args_of(node)[2]) if len(node.args) > 2 else bool(node.kwargs.get("keepdim", False))
     out: tuple[str | None, ...] = tuple(
         (None if label == "k" else label) for label in labels if keepdim or label != "k"
     )
@@ -229,7 +228,7 @@ def _multiply_and_sum(node: fx.Node) -> Contraction | None:
 
 def _inner(node: fx.Node) -> Contraction | None:
     """a[.. k] b[.. k] over the last dimensions."""
-    if (pair := _pair(node.args[0], node.args[1])) is None:
+    if (pair := _pair(args_of(node)[0], args_of(node)[1])) is None:
         return None
     a = tuple(f"a{i}" for i in range(len(shape_of(pair[0])) - 1))
     b = tuple(f"b{i}" for i in range(len(shape_of(pair[1])) - 1))
@@ -237,12 +236,12 @@ def _inner(node: fx.Node) -> Contraction | None:
 
 
 def _tensordot(node: fx.Node) -> Contraction | None:
-    if (pair := _pair(node.args[0], node.args[1])) is None:
+    if (pair := _pair(args_of(node)[0], args_of(node)[1])) is None:
         return None
     a = [f"a{i}" for i in range(len(shape_of(pair[0])))]
     b = [f"b{i}" for i in range(len(shape_of(pair[1])))]
-    summed_a, summed_b = node.args[2], node.args[3]
-    for n, (i, j) in enumerate(zip(summed_a, summed_b, strict=True)):  # type: ignore[arg-type]
+    summed_a, summed_b = args_of(node)[2], args_of(node)[3]
+    for n, (i, j) in enumerate(zip(summed_a, summed_b, strict=True)):
         a[int(i)] = b[int(j)] = f"k{n}"
     out = [label for label in a + b if not label.startswith("k")]
     return Contraction(node, pair[0], pair[1], tuple(a), tuple(b), tuple(out))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .axes import Layout, size_of
+from .axes import Axis, Layout, size_of
 from .layouts import is_tensor
 from .score_form import Unusual, score_form
-from .sites import AttentionSite, Bias, Fill, Operand
+from .sites import AttentionSite, Bias, Fill, Operand, ScoreTerm
 
 
 def equation(site: AttentionSite) -> str:
@@ -40,7 +40,13 @@ def equation(site: AttentionSite) -> str:
     if isinstance(form, Unusual):
         inside = f"… {products} …"
     else:
-        scale = "" if form.scale == 1.0 and not form.scale_by else f"{form.scale:.4g} · " if not form.scale_by else "scale · "
+        scale = (
+            ""
+            if form.scale == 1.0 and not form.scale_by
+            else f"{form.scale:.4g} · "
+            if not form.scale_by
+            else "scale · "
+        )
         inside = f"{scale}{f'({products})' if several and scale else products}"
         if form.cap is not None:
             inside = f"{form.cap:g} tanh( {inside} / {form.cap:g} )"
@@ -54,8 +60,8 @@ def equation(site: AttentionSite) -> str:
     return f"softmax_j( {inside} ) v[{source(site.value)}]"
 
 
-def _width(site: AttentionSite, term: object) -> frozenset:
-    query, key = term.query.layout, term.key.layout  # type: ignore[attr-defined]
+def _width(site: AttentionSite, term: ScoreTerm) -> frozenset[Axis]:
+    query, key = term.query.layout, term.key.layout
     outer = set(site.axes.roles())
     return (site.space.axes(query) & site.space.axes(key)) - outer
 

@@ -53,7 +53,9 @@ class Emitter:
         """One new node. Raises whatever the operator raises for arguments that do not fit."""
         return self.known(target, None, *args, **kwargs)
 
-    def known(self, target: Callable[..., Any], shaped: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> fx.Node:
+    def known(
+        self, target: Callable[..., Any], shaped: Callable[..., Any] | None, *args: Any, **kwargs: Any
+    ) -> fx.Node:
         """One new node whose value has the shape and dtype that `shaped` computes from the same arguments."""
         args, kwargs = fx.node.map_arg((args, kwargs), lambda node: self._replaced.get(node, node))
         values = fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
@@ -104,7 +106,7 @@ class Emitter:
                     whole = self.call(aten.sym_size.int, node, i)
                     known = 1
                     for other in others:
-                        known *= other.size  # type: ignore[operator]
+                        known *= other.size
                     size = whole if known == 1 else self.call(operator.floordiv, whole, known)
                     self._sizes[axis.size] = size
                     return size

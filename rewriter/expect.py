@@ -12,7 +12,10 @@ def check_expectations(report: GraphReport, expect: Mapping[str, int]) -> None:
     """Raise ExpectationFailed when a graph with attention or near misses counts less than expected."""
     if not report.sites and not report.near_misses:
         return
-    short = [f"{name}: expected {count}, found {report.count(name)}" for name, count in expect.items()
-             if report.count(name) < count]
+    short = [
+        f"{name}: expected {count}, found {report.count(name)}"
+        for name, count in expect.items()
+        if report.count(name) < count
+    ]
     if short:
         raise ExpectationFailed("; ".join(short) + "\n\n" + render(report))

@@ -9,11 +9,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
-from .axes import AxisSpace, Layout, Size, product, same_size
+from .axes import AxisSpace, Dim, Layout, Size, product, same_size
+from .nodes import args_of, argument
 from .sizes import size_expr
 
 aten = torch.ops.aten
@@ -121,11 +123,9 @@ class Repeat(Step):
 
     def apply(self, layout: Layout, space: AxisSpace) -> Layout | None:
         lead = len(self.counts) - len(self.before)
-        dims: list[tuple] = [()] * lead + list(layout)
+        dims: list[Dim] = [()] * lead + list(layout)
         copies = [space.fresh("x", count) for count in self.counts]
-        return tuple(
-            (dim + copy if self.interleave else copy + dim) for dim, copy in zip(dims, copies, strict=True)
-        )
+        return tuple((dim + copy if self.interleave else copy + dim) for dim, copy in zip(dims, copies, strict=True))
 
     def undo(self, layout: Layout, space: AxisSpace) -> Layout | None:
         lead = len(self.counts) - len(self.before)
@@ -208,7 +208,7 @@ def layout_step(node: fx.Node) -> Step | None:
         return None
     if node.target is operator.getitem:
         return _member(node)
-    source = node.args[0]
+    source = args_of(node)[0]
     if not isinstance(source, fx.Node) or not is_tensor(source):
         return None
     target = node.target
@@ -234,9 +234,9 @@ def _permutation(node: fx.Node, rank: int) -> tuple[int, ...] | None:
     order = list(range(rank))
     match node.target:
         case aten.permute.default:
-            return tuple(int(i) % rank for i in node.args[1])  # type: ignore[union-attr]
+            return tuple(int(i) % rank for i in args_of(node)[1])
         case aten.transpose.int | aten.swapaxes.default | aten.swapdims.default:
-            a, b = int(node.args[1]) % rank, int(node.args[2]) % rank  # type: ignore[arg-type]
+            a, b = int(args_of(node)[1]) % rank, int(args_of(node)[2]) % rank
         case aten.t.default if rank == 2:
             a, b = 0, 1
         case aten.mT.default | aten.adjoint.default:
@@ -244,15 +244,15 @@ def _permutation(node: fx.Node, rank: int) -> tuple[int, ...] | None:
         case aten.numpy_T.default:
             return tuple(reversed(order))
         case aten.movedim.intlist | aten.moveaxis.intlist | aten.movedim.int | aten.moveaxis.int:
-            return _moved(rank, _ints(node.args[1]), _ints(node.args[2]))
+            return _moved(rank, _ints(args_of(node)[1]), _ints(args_of(node)[2]))
         case _:
             return None
     order[a], order[b] = b, a
     return tuple(order)
 
 
-def _ints(value: object) -> list[int]:
-    return [int(v) for v in value] if isinstance(value, list | tuple) else [int(value)]  # type: ignore[call-overload]
+def _ints(value: Any) -> list[int]:
+    return [int(v) for v in value] if isinstance(value, list | tuple) else [int(value)]
 
 
 def _moved(rank: int, source: Sequence[int], destination: Sequence[int]) -> tuple[int, ...]:
@@ -263,20 +263,20 @@ def _moved(rank: int, source: Sequence[int], destination: Sequence[int]) -> tupl
 
 def _repeat(node: fx.Node, source: fx.Node) -> Step | None:
     before, after = shape_of(source), shape_of(node)
-    counts = tuple(size_argument(count) for count in node.args[1])  # type: ignore[union-attr]
+    counts = tuple(size_argument(count) for count in args_of(node)[1])
     if len(counts) < len(after):  # tile pads the counts on the left
         counts = (1,) * (len(after) - len(counts)) + counts
-    return Repeat(source, before, counts) if None not in counts else None  # type: ignore[arg-type]
+    return Repeat(source, before, counts) if None not in counts else None
 
 
 def _repeat_interleave(node: fx.Node, source: fx.Node) -> Step | None:
     before = shape_of(source)
-    count = size_argument(node.args[1])
-    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
+    count = size_argument(args_of(node)[1])
+    dim = argument(node, 2, "dim")
     if count is None or dim is None:
         return None
     counts: list[Size] = [1] * len(before)
-    counts[int(dim) % len(before)] = count  # type: ignore[arg-type]
+    counts[int(dim) % len(before)] = count
     return Repeat(source, before, tuple(counts), interleave=True)
 
 
@@ -290,19 +290,19 @@ def size_argument(value: object) -> Size | None:
 def _part(node: fx.Node, source: fx.Node) -> Step | None:
     before, after = shape_of(source), shape_of(node)
     if node.target is aten.select.int:
-        dim = int(node.args[1]) % len(before)  # type: ignore[arg-type]
-        index = size_argument(node.args[2])
+        dim = int(args_of(node)[1]) % len(before)
+        index = size_argument(args_of(node)[2])
         if same_size(before[dim], 1):
             return View(source, before, after)
         if index is None:
             return None
         return Part(source, dim, index if not isinstance(index, int) or index >= 0 else before[dim] + index, 1, True)
-    if node.target is aten.slice.Tensor and len(node.args) > 4 and node.args[4] != 1:
+    if node.target is aten.slice.Tensor and len(node.args) > 4 and args_of(node)[4] != 1:
         return None
-    dim = int(node.args[1] if len(node.args) > 1 else 0) % len(before)  # type: ignore[call-overload]
+    dim = int(args_of(node)[1] if len(node.args) > 1 else 0) % len(before)
     if same_size(before[dim], after[dim]):
         return Identity(source)
-    start = size_argument(node.args[2]) if len(node.args) > 2 and node.args[2] is not None else 0
+    start = size_argument(args_of(node)[2]) if len(node.args) > 2 and args_of(node)[2] is not None else 0
     if start is None:
         return None
     if isinstance(start, int) and start < 0:
@@ -316,15 +316,15 @@ def _member(node: fx.Node) -> Step | None:
     if not isinstance(maker, fx.Node) or not isinstance(index, int):
         return None
     if maker.target is aten.broadcast_tensors.default:
-        source = maker.args[0][index]  # type: ignore[index]
+        source = args_of(maker)[0][index]
         return Expand(source, shape_of(source), shape_of(node))
-    source = maker.args[0] if maker.args else None
+    source = args_of(maker)[0] if maker.args else None
     if not isinstance(source, fx.Node) or not is_tensor(source):
         return None
     before = shape_of(source)
     members = maker.meta.get("val")
     if maker.target is aten.unbind.int:
-        dim = int(maker.args[1] if len(maker.args) > 1 else 0) % len(before)  # type: ignore[call-overload]
+        dim = int(args_of(maker)[1] if len(maker.args) > 1 else 0) % len(before)
         if same_size(before[dim], 1):
             return View(source, before, shape_of(node))
         return Part(source, dim, index, 1, drop=True)
@@ -335,8 +335,7 @@ def _member(node: fx.Node) -> Step | None:
         aten.chunk.default,
         aten.tensor_split.sections,
     ):
-        argument = maker.args[2] if len(maker.args) > 2 else maker.kwargs.get("dim", 0)
-        dim = int(argument) % len(before)  # type: ignore[arg-type]
+        dim = int(argument(maker, 2, "dim", 0)) % len(before)
         lengths = [size_expr(member.shape[dim]) for member in members or ()]
         if len(lengths) == 1:
             return Identity(source)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import fx
 
 from .compat import trace_pre_dispatch
-from .layouts import shape_of
+from .registry import LibraryCall, lowerings
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,6 @@ class Lowering:
     """What became of one operator."""
 
     operator: str
-    form: str
     reason: str
 
 
@@ -27,40 +25,18 @@ def lower(gm: fx.GraphModule) -> tuple[Lowering, ...]:
     """Replace the `latent::` operators of a graph by plain ATen, in place."""
     done = []
     for node in list(gm.graph.nodes):
-        if node.op == "call_function" and str(node.target).startswith("latent."):
-            form, reason = choose(node)
-            if str(node.target) == "latent.attention.default" and form.__name__ == "attention":
-                _call_library(node)
-            else:
-                inline(node, form)
-            done.append(Lowering(str(node.target).removesuffix(".default").replace(".", "::", 1), getattr(form, "__name__", str(form)), reason))
+        if node.op != "call_function" or not str(node.target).startswith("latent."):
+            continue
+        name = str(node.target).removesuffix(".default").replace(".", "::", 1)
+        choose = lowerings().get(name)
+        form, reason = choose(node) if choose is not None else (None, "the operator's own body")
+        if isinstance(form, LibraryCall):
+            node.target, node.args, node.kwargs = form.target, form.args, form.kwargs
+        else:
+            inline(node, form or node.target)
+        done.append(Lowering(name, reason))
     gm.recompile()
     return tuple(done)
-
-
-def choose(node: fx.Node) -> tuple[Callable[..., Any], str]:
-    """The form for one operator and the reason in words."""
-    kernels = importlib.import_module("..kernels.attention", __package__)
-    if str(node.target) != "latent.attention.default":
-        return node.target, "the operator's own body"  # type: ignore[return-value]
-    query, key, value = (shape_of(n) for n in node.args[:3])  # type: ignore[arg-type]
-    causal, device = node.args[5], node.meta["val"].device.type
-    if device != "cpu":
-        return kernels.attention, f"scaled_dot_product_attention on {device}"
-    widths_differ = query[3] != value[3]
-    if query[2] == 1 and node.args[6] and not causal and not widths_differ:
-        return kernels.one_query_per_group, "one query token: a group's heads are rows of one product"
-    if widths_differ and all(isinstance(d, int) for d in (query[3], value[3])) and query[3] > value[3]:  # type: ignore[operator]
-        return kernels.padded_values, f"values padded from {value[3]} to {query[3]}, the width of the keys"
-    return kernels.attention, "scaled_dot_product_attention"
-
-
-def _call_library(node: fx.Node) -> None:
-    """latent::attention as the library call that its body is, without tracing the body."""
-    query, key, value, mask, scale, causal, grouped = node.args
-    node.target = torch.ops.aten.scaled_dot_product_attention.default
-    node.args = (query, key, value, mask, 0.0, causal)
-    node.kwargs = {"scale": scale, "enable_gqa": grouped}
 
 
 def inline(node: fx.Node, form: Callable[..., Any]) -> None:

@@ -54,7 +54,7 @@ def _position(layout: Layout, dim: Dim) -> int | None:
 
 
 def describe_masks(site: AttentionSite) -> str:
-    """"causal", "causal, window 4096; bias", "none"."""
+    """ "causal", "causal, window 4096; bias", "none"."""
     words = []
     for mask, proof in zip(mask_tensors(site), site.masks, strict=True):
         bias = mask.form == "additive" and proof.fill is None and proof.opaque

@@ -22,8 +22,8 @@ from .layouts import is_tensor, shape_of
 from .masks import MaskReader
 from .masks_of_site import prove_masks
 from .registry import patterns
-from .sizes import hints_near
 from .sites import AttentionSite, Miss, Recognition, Scale, Sink, SoftmaxSpelling
+from .sizes import hints_near
 from .walks import Path, Refused, climb, descend, follow, open_product, second_terms
 
 

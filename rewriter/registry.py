@@ -51,6 +51,16 @@ class RewriteEntry:
         return (self.rule.__doc__ or self.name).strip().splitlines()[0]
 
 
+@dataclass(frozen=True)
+class LibraryCall:
+    """A form that is one call of an operator: it takes the node's place without being traced."""
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+_lowerings: dict[str, Callable[..., Any]] = {}
 _patterns: dict[str, list[Callable[..., Any]]] = {kind: [] for kind in KINDS}
 _rewrites: dict[str, RewriteEntry] = {}
 
@@ -79,6 +89,21 @@ def rewrite(
         return rule
 
     return register
+
+
+def lowering(operator: str) -> Callable[[Function], Function]:
+    """Register what chooses the form of an operator: node -> (LibraryCall or function of its arguments, reason)."""
+
+    def register(function: Function) -> Function:
+        _lowerings[operator] = function
+        return function
+
+    return register
+
+
+def lowerings() -> dict[str, Callable[..., Any]]:
+    """The choosers by operator, such as "latent::attention"."""
+    return dict(_lowerings)
 
 
 def unregister(name: str) -> None:

@@ -96,9 +96,7 @@ class _Run:
             verdict = replace(verdict, outcome="failed", reason=f"{type(error).__name__}: {error}")
         self.verdicts.append(verdict)
 
-    def _judge(
-        self, entry: RewriteEntry, rule: Rewrite, site: AttentionSite, index: int, verdict: Verdict
-    ) -> Verdict:
+    def _judge(self, entry: RewriteEntry, rule: Rewrite, site: AttentionSite, index: int, verdict: Verdict) -> Verdict:
         answer = rule.match(site)
         if isinstance(answer, Refusal):
             return self._refuse(verdict, answer)

@@ -1,10 +1,10 @@
 """The vocabulary of a rewrite: what a rule answers, and what became of the answer.
 
-    class MyRewrite:                                    registered with @latent.rewrite("my_rewrite", exact=True)
-        '''The equation, in one line.'''
-        def match(self, site) -> Match | Refusal        read-only; a refusal gives its reason
-        def benefit(self, match) -> Benefit             bytes and operations before and after
-        def build(self, match, emit) -> fx.Node         new nodes for `site.output`; never edits in place
+class MyRewrite:                                    registered with @latent.rewrite("my_rewrite", exact=True)
+    '''The equation, in one line.'''
+    def match(self, site) -> Match | Refusal        read-only; a refusal gives its reason
+    def benefit(self, match) -> Benefit             bytes and operations before and after
+    def build(self, match, emit) -> fx.Node         new nodes for `site.output`; never edits in place
 """
 
 from __future__ import annotations

@@ -239,11 +239,13 @@ class SiteAxes:
 
     def roles(self) -> dict[Axis, str]:
         """A letter for every axis: b h g i j e."""
-        named = zip("bhgije", (self.batch, self.heads, self.groups, self.queries, self.keys, self.value_width))
+        named = zip(
+            "bhgije",
+            (self.batch, self.heads, self.groups, self.queries, self.keys, self.value_width),
+            strict=True,
+        )
         return {
-            axis: letter if len(dim) == 1 else f"{letter}{n}"
-            for letter, dim in named
-            for n, axis in enumerate(dim)
+            axis: letter if len(dim) == 1 else f"{letter}{n}" for letter, dim in named for n, axis in enumerate(dim)
         }
 
 

@@ -1,8 +1,8 @@
 """Regions under `vmap`, opened before capture.
 
-Dynamo leaves a vmap as calls that push a level, wrap tensors, compute and pop the level. A pre-dispatch trace cannot see
-into such a region (its tensors become constants), an ordinary trace can. So each region is traced by itself first, with
-the batch dimension written out, and stands in the graph as one module of plain ATen.
+Dynamo leaves a vmap as calls that push a level, wrap tensors, compute and pop the level. A pre-dispatch trace cannot
+see into such a region (its tensors become constants), an ordinary trace can. So each region is traced by itself first,
+with the batch dimension written out, and stands in the graph as one module of plain ATen.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def open_vmaps(gm: fx.GraphModule) -> fx.GraphModule:
         elif node not in inside:
             copies[node] = graph.node_copy(node, copies.__getitem__)
             if node.op == "placeholder" and hasattr(node, "_dynamo_source"):
-                copies[node]._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+                copies[node]._dynamo_source = node._dynamo_source
     root = copy.copy(gm)
     root._modules = {**gm._modules, **opened}
     new = fx.GraphModule(root, graph)

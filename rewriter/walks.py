@@ -1,4 +1,4 @@
-"""The three walks of recognition: climb to the score product, descend with the layout, follow the weights. Read-only."""
+"""The walks of recognition: climb to the score product, descend with the layout, follow the weights. Read-only."""
 
 from __future__ import annotations
 
@@ -113,7 +113,13 @@ def open_product(found: Contraction, space: AxisSpace) -> Product:
     if found.addend is not None or found.alpha != 1.0:
         steps = _fused_addend(found, layout(found.out_labels))
     return Product(
-        found, layout(found.lhs_labels), layout(found.rhs_labels), summed, layout(found.out_labels), steps, (found.node,)
+        found,
+        layout(found.lhs_labels),
+        layout(found.rhs_labels),
+        summed,
+        layout(found.out_labels),
+        steps,
+        (found.node,),
     )
 
 
@@ -187,14 +193,15 @@ def _with_layout(step: ScoreStep, layout: Layout) -> ScoreStep:
 
 def _open_sink(step: Sink, layout: Layout, space: AxisSpace) -> tuple[Sink, Layout]:
     """The key axis becomes a sum: keys plus sinks."""
-    assert step.dim is not None
+    at = step.dim
+    assert at is not None
     extra = space.fresh("sink", step.count)
-    parts = (extra, layout[step.dim]) if step.first else (layout[step.dim], extra)
+    parts = (extra, layout[at]) if step.first else (layout[at], extra)
     joined = space.join("keys+sink", parts)
     if isinstance(step.sink, fx.Node):
         others = operand_layout(step.sink, layout)
-        step = replace(step, layout=others[: step.dim] + (extra,) + others[step.dim + 1 :])
-    return step, layout[: step.dim] + (joined,) + layout[step.dim + 1 :]
+        step = replace(step, layout=(*others[:at], extra, *others[at + 1 :]))
+    return step, (*layout[:at], joined, *layout[at + 1 :])
 
 
 # ------------------------------------------------------------------ follow
@@ -283,7 +290,8 @@ def _second_term(step: Bias, bias: fx.Node, space: AxisSpace) -> Product | None:
             return None
         plain = all(isinstance(change, Scale | Cast) and getattr(change, "by", None) is None for change in term.steps)
         full = len(term.layout) == len(step.layout) and all(
-            bool(a) == bool(space.resolve(b)) for a, b in zip(space.resolve_layout(step.layout), term.layout, strict=True)
+            bool(a) == bool(space.resolve(b))
+            for a, b in zip(space.resolve_layout(step.layout), term.layout, strict=True)
         )
         if plain and full and all(space.unify(a, b) for a, b in zip(step.layout, term.layout, strict=True)):
             return term

@@ -1,7 +1,7 @@
 """`python -m zoo.sweep [type ...]`: every causal language model type through the backend, with a table at the end.
 
-    --sdpa --bfloat16 --dynamic    the variant
-    --rest                         only the rows that are not perfect, after the run
+--sdpa --bfloat16 --dynamic    the variant
+--rest                         only the rows that are not perfect, after the run
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
-from transformers.utils import logging as transformers_logging
-
 from latent.rewriter import history
 from latent.rewriter.backend import latent
 from latent.rewriter.report import Report
+from torch import fx
+from transformers.utils import logging as transformers_logging
 
 from .build import Built, CannotBuild, build, causal_lm_types, first_tensor
 from .count import count
