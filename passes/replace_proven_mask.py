@@ -25,6 +25,8 @@ class ReplaceProvenMask:
             return Refusal(f"{call.name} also does what is not read here", call.anchor)
         if call.mask is None:
             return Refusal("there is no mask tensor", call.anchor)
+        if not site.masks:
+            return Refusal("the mask does not vary over the keys", call.mask)
         proof = site.masks[-1]
         if proof.opaque:
             return Refusal(f"the mask is not proven: {proof.opaque[0].reason}", proof.opaque[0].node)

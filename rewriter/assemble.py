@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from torch import fx
 
-from .axes import Axis, AxisSpace, Dim, Layout, flat, same_size
+from .axes import Axis, AxisSpace, Dim, Layout
 from .layouts import is_cast, layout_step, shape_of
 from .nodes import args_of
+from .roles import peel, resolved, roles_of
 from .sites import (
-    AttentionCall,
     AttentionSite,
     Bias,
     Blend,
@@ -20,29 +18,15 @@ from .sites import (
     Fill,
     Inexact,
     NanToZero,
-    Operand,
     Rehidden,
     Scale,
     ScoreStep,
     ScoreTerm,
-    SiteAxes,
     SoftmaxSpelling,
     WeightStep,
 )
 from .totals import broadcasts, layout_of_total
-from .walks import Path, Product, Refused, ValueProduct, operand_layout
-
-
-def peel(node: fx.Node, layout: Layout, space: AxisSpace) -> Operand:
-    """The tensor and what it was before each layout operation, up to the first node that is none."""
-    chain = [(node, layout)]
-    while (step := layout_step(node)) is not None:
-        before = step.undo(space.resolve_layout(layout), space)
-        if before is None:
-            break
-        node, layout = step.source, before
-        chain.append((node, layout))
-    return Operand(tuple((n, space.resolve_layout(dims)) for n, dims in chain))
+from .walks import Path, Product, Refused, ValueProduct
 
 
 def softmax_site(
@@ -88,83 +72,13 @@ def softmax_site(
         spelling="softmax" if spelling.anchor is spelling.weights else "softmax by hand",
         terms=tuple(terms),
         value=operand,
-        steps=tuple(_resolved(step, space) for step in steps),
+        steps=tuple(resolved(step, space) for step in steps),
         weight_steps=_weight_steps(spelling, values, steps),
         weights=spelling.weights,
         weight_readers=tuple(n for n in (*readers, *others) if n not in region),
-        axes=_roles(space.resolve_layout(product.layout), keys, terms, operand, steps, space),
+        axes=roles_of(space.resolve_layout(product.layout), keys, terms, operand, steps, space),
         region=region,
         space=space,
-    )
-
-
-def call_site(call: AttentionCall, space: AxisSpace) -> AttentionSite:
-    """The site of an operator that is attention by contract: query [.. S D], key [.. T D], value [.. T E]."""
-    q, k, v = (shape_of(node) for node in (call.query, call.key, call.value))
-    rank = max(len(q), len(k), len(v)) - 2
-    batch_q: list[Dim] = []
-    batch_k: list[Dim] = []
-    batch_v: list[Dim] = []
-    for i in range(-rank - 2, -2):
-        size_q, size_k, size_v = (shape[i] if -i <= len(shape) else 1 for shape in (q, k, v))
-        if call.grouped and i == -3 and not same_size(size_q, size_k):
-            head = space.fresh("h", size_k)
-            whole = isinstance(size_q, int) and isinstance(size_k, int)
-            cut = space.factor(space.fresh("hg", size_q), (size_k, size_q // size_k if whole else size_q / size_k))
-            dim = cut[0] + cut[1] if cut else head
-            head = cut[0] if cut else head
-            batch_q.append(dim)
-            batch_k.append(head)
-            batch_v.append(head)
-            continue
-        size = next((s for s in (size_q, size_k, size_v) if not same_size(s, 1)), 1)
-        dim = space.fresh("h" if i == -3 else f"b{rank + 2 + i}", size)
-        for sizes, dims in ((size_q, batch_q), (size_k, batch_k), (size_v, batch_v)):
-            dims.append(() if same_size(sizes, 1) else dim)
-    queries, keys = space.fresh("i", q[-2]), space.fresh("j", k[-2])
-    width, value_width = space.fresh("d", q[-1]), space.fresh("e", v[-1])
-
-    def own(batch: list[Dim], shape: Sequence[object], *tail: Dim) -> Layout:
-        return (*batch[len(batch) - (len(shape) - 2) :], *tail)
-
-    layout_q, layout_k = own(batch_q, q, queries, width), own(batch_k, k, keys, width)
-    layout_v = own(batch_v, v, keys, value_width)
-    batch = [a or b or c for a, b, c in zip(batch_q, batch_k, batch_v, strict=True)]
-    scores = (*batch, queries, keys)
-    steps: list[ScoreStep] = []
-    if call.mask is not None:
-        layout = operand_layout(call.mask, scores)
-        boolean = str(call.mask.meta["val"].dtype) == "torch.bool"
-        steps.append(
-            Fill(call.anchor, call.mask, True, float("-inf"), layout)
-            if boolean
-            else Bias(call.anchor, call.mask, 1.0, layout)
-        )
-    if isinstance(call.scale, fx.Node):
-        steps.insert(0, Scale(call.anchor, by=call.scale))
-    elif call.scale is not None and call.scale != 1.0:
-        steps.insert(0, Scale(call.anchor, call.scale))
-    term = ScoreTerm(peel(call.query, layout_q, space), peel(call.key, layout_k, space))
-    value = peel(call.value, layout_v, space)
-    output = call.anchor
-    for user in call.anchor.users:
-        if call.name == "flex_attention" and args_of(user)[1:] == (0,):
-            output = user
-    return AttentionSite(
-        anchor=call.anchor,
-        output=output,
-        output_layout=space.resolve_layout((*batch, queries, value_width)),
-        spelling=call.name,
-        terms=(term,),
-        value=value,
-        steps=tuple(_resolved(step, space) for step in steps),
-        weight_steps=(),
-        weights=None,
-        weight_readers=(),
-        axes=_roles(space.resolve_layout(scores), keys, [term], value, steps, space),
-        region=(call.anchor, output) if output is not call.anchor else (call.anchor,),
-        space=space,
-        call=call,
     )
 
 
@@ -367,62 +281,6 @@ def _factor(steps: Sequence[ScoreStep]) -> float:
         if isinstance(step, Scale):
             factor *= step.factor
     return factor
-
-
-def _resolved(step: ScoreStep, space: AxisSpace) -> ScoreStep:
-    layout = getattr(step, "layout", None)
-    changed: Any = {"layout": space.resolve_layout(layout)} if layout else {}
-    return dataclasses.replace(step, **changed)
-
-
-def _roles(
-    scores: Layout,
-    keys: Dim,
-    terms: Sequence[ScoreTerm],
-    value: Operand,
-    steps: Sequence[ScoreStep],
-    space: AxisSpace,
-) -> SiteAxes:
-    """Batch, heads, groups and queries, in the order in which the scores have them."""
-    keys = space.resolve(keys)
-    key_layouts = [space.resolve_layout(term.key.layout) for term in terms]
-    query_layouts = [space.resolve_layout(term.query.layout) for term in terms]
-    value_layout = space.resolve_layout(value.layout)
-    indexed = space.axes(*key_layouts, value_layout)
-    in_query = space.axes(*query_layouts)
-    order = [axis for axis in flat(scores) if axis in indexed | in_query or axis not in space.sums]
-    order = [axis for axis in order if axis not in keys and axis not in space.sums]
-    rest = indexed - set(order) - set(keys)
-    width = set().union(*(space.axes(k) & space.axes(q) for k, q in zip(key_layouts, query_layouts, strict=True)))
-    value_width = tuple(a for a in flat(value_layout) if a in rest and a not in width)
-    roots = space.axes(
-        *(space.resolve_layout(term.key.chain[-1][1]) for term in terms), space.resolve_layout(value.chain[-1][1])
-    )
-    # The rows of one key head: query tokens, and heads that share keys. Masks tell the two apart where a spelling
-    # folds both into one dimension; an axis that keys or values merely repeat is a group as well.
-    single = [axis for axis in order if axis not in indexed]
-    masked = space.axes(*(space.resolve_layout(s.layout) for s in steps if isinstance(s, Bias | Fill) and s.layout))
-    free = [axis for axis in single if _free_label(axis, scores, query_layouts)]
-    queries = [axis for axis in free if axis in masked] or free or single[-1:]
-    repeated = [axis for axis in order if axis in indexed and axis not in roots]
-    shared = [axis for axis in order if axis in indexed and axis not in repeated]
-    groups = [axis for axis in order if axis in repeated or (axis in single and axis not in queries)]
-    return SiteAxes(
-        batch=tuple(shared[:-1]),
-        heads=tuple(shared[-1:]),
-        groups=tuple(groups),
-        queries=tuple(queries),
-        keys=keys,
-        value_width=value_width,
-    )
-
-
-def _free_label(axis: Axis, scores: Layout, queries: Sequence[Layout]) -> bool:
-    """Whether the axis sits in the query's row dimension, not in a batch dimension that the keys broadcast over."""
-    last = [dim for dim in scores if axis in dim]
-    return (bool(last) and scores.index(last[0]) >= len(scores) - 2) or any(
-        axis in layout[-2] for layout in queries if len(layout) >= 2
-    )
 
 
 def _region(

@@ -15,8 +15,9 @@ from dataclasses import replace
 
 from torch import fx
 
-from .assemble import call_site, softmax_site
+from .assemble import softmax_site
 from .axes import AxisSpace
+from .call_sites import call_site
 from .contractions import contraction
 from .layouts import is_tensor, shape_of
 from .masks import MaskReader

@@ -84,9 +84,14 @@ def score_form(site: AttentionSite) -> ScoreForm | Unusual:
 
 def _ignored(step: Bias, site: AttentionSite, later: tuple[ScoreStep, ...]) -> bool:
     """Softmax ignores what is added to every key alike, such as a subtracted maximum."""
-    if not all(isinstance(s, Bias | Cast) or (isinstance(s, Fill) and s.value <= HIDES) for s in later):
-        return False
-    return not site.space.axes(step.layout) & set(site.axes.keys)
+    keys = set(site.axes.keys)
+
+    def keeps(s: ScoreStep) -> bool:
+        if isinstance(s, Scale):
+            return not site.space.axes(s.layout) & keys
+        return isinstance(s, Bias | Cast) or (isinstance(s, Fill) and s.value <= HIDES)
+
+    return all(keeps(s) for s in later) and not site.space.axes(step.layout) & keys
 
 
 def _not_separable(step: Scale, site: AttentionSite) -> str | None:
