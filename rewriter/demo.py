@@ -20,7 +20,7 @@ from .environment import cpp_compiler
 
 __all__ = ["DemoError", "run_demo"]
 
-PROMPT = "Why is the sky blue? Answer in one sentence."
+PROMPT = "Write one sentence about the sea."
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
