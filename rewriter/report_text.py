@@ -49,7 +49,7 @@ def render(graph: GraphReport, first: GraphReport | None = None) -> str:
         if blocks and not new:
             lines.append(f"{title}: as before")
         elif title.startswith("attention") or new:
-            lines.append(title)
+            lines.append(title + (" · others as before" if len(new) < len(blocks) else ""))
             lines += [f"  {line}".rstrip() for block in new for line in block]
     return "\n".join(lines)
 

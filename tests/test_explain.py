@@ -248,6 +248,12 @@ def test_a_second_compilation_shows_what_differs():
     assert "1 query × 8 keys" in text and "rewrites: as before" in text
 
 
+def test_what_did_not_change_is_told_apart():
+    misses = [MissReport("a", f"m.py:{n}", "x", f"reason {n}", "node", 1) for n in range(2)]
+    text = str(Report((graph(misses=misses[:1]), graph(1, "0/1", misses=misses))))
+    assert "near misses   2 · others as before" in text and text.count("reason 0") == 1
+
+
 def test_undone_verdicts_show_their_line():
     assert "✗ fuse_attention  undone  2 of 2   why   m.py:2" in str(Report((graph(outcome="undone"),)))
 
