@@ -138,7 +138,7 @@ def _is_returned(node: fx.Node) -> bool:
 @pattern("producer")
 def written_in_place(node: fx.Node, reading: Reading) -> Found | None:
     """index_copy_(buffer, tokens, positions, new), buffer[.., positions] = new, buffer[.., a:b] = new; a later read."""
-    writes = reading.writes(node)
+    writes = reading.writes
     if not writes or (base_of(node) is not node and node not in writes):
         return None
     write, base = writes[-1], base_of(node)
@@ -154,7 +154,7 @@ def written_in_place(node: fx.Node, reading: Reading) -> Found | None:
 @pattern("producer")
 def written_anew(node: fx.Node, reading: Reading) -> Found | None:
     """index_copy(buffer, tokens, positions, new), scatter, index_put: the buffer with new tokens, as another tensor."""
-    if node.target not in _BY_INDEX | _BY_INDICES | _BY_SLICE or reading.write(node) is not None:
+    if node.target not in _BY_INDEX | _BY_INDICES | _BY_SLICE or reading.writes:
         return None
     found = _indexed(node, reading)
     return None if found is None else _cache(node, *found, ())

@@ -12,7 +12,7 @@ from torch import fx
 from ..rewriter.axes import AxisSpace, Dim, Layout, product, same_size
 from ..rewriter.contractions import Contraction, Labels, contraction
 from ..rewriter.layouts import Permute, is_cast, is_tensor, layout_step, shape_of
-from ..rewriter.origins import Found, Projection, Reading, ScaleBy
+from ..rewriter.origins import Found, Projection, Reading, ScaleBy, Slice
 from ..rewriter.registry import pattern
 from ..rewriter.scalars import read_scalar
 from . import caches, norms, rotations
@@ -88,7 +88,9 @@ def _roles(found: Contraction, reading: Reading) -> list[tuple[fx.Node, Labels, 
     layout = reading.layout
     if layout is not None and reading.token_dims and len(layout) == len(found.out_labels):
         tokens = {found.out_labels[dim] for dim in reading.token_dims}
-        return [role for role in (left, right) if tokens <= set(role[1]) and not tokens & set(role[3])]
+        fitting = [role for role in (left, right) if tokens <= set(role[1]) and not tokens & set(role[3])]
+        if fitting:
+            return fitting
     learned = [role for role in (left, right) if (origin := weight_origin(role[2])) is not None and origin[1]]
     if len(learned) == 1:
         return learned
@@ -163,6 +165,23 @@ def scale(node: fx.Node, reading: Reading) -> Found | None:
             inverse = None if number is None else 1.0 / number
             return Found(ScaleBy(node, inverse, by if isinstance(by, fx.Node) else None), x)
     return None
+
+
+@pattern("producer")
+def indexed(node: fx.Node, reading: Reading) -> Found | None:
+    """x[.., [c]] for a constant c."""
+    if node.target is not aten.index.Tensor or not isinstance(node.args[0], fx.Node):
+        return None
+    used = [(dim, index) for dim, index in enumerate(node.args[1]) if index is not None]  # type: ignore[arg-type]
+    before, after = shape_of(node.args[0]), shape_of(node)
+    if len(used) != 1 or len(before) != len(after):
+        return None
+    dim, index = used[0]
+    start = read_scalar(index)
+    if start is None or not is_tensor(index) or index.meta["val"].dtype == torch.bool:
+        return None
+    first = int(start) if start >= 0 else before[dim] + int(start)
+    return Found(Slice(node, reading.along(dim, len(before)), first, 1, before[dim]), node.args[0])
 
 
 @pattern("producer")

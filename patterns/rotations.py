@@ -56,7 +56,7 @@ def rope_real(node: fx.Node, reading: Reading) -> Found | None:
     if node.target not in _ADD | _SUB | _JOINS | {aten.addcmul.default} and not isinstance(layout_step(node), View):
         return None
     products = _products(node)
-    for base in _bases(products[0]) if products else ():
+    for base in _bases(products) if products else ():
         form = rotation_form(node, base)
         if form is not None:
             return Found(Rope(node, form[0], shape_of(base)[-1], angles=form[1]), base)
@@ -91,7 +91,7 @@ def rope_partial(node: fx.Node, reading: Reading) -> Found | None:
     tensors = [t for t in node.args[0] if not same_size(shape_of(t)[last], 0)]  # type: ignore[union-attr, arg-type]
     if len(tensors) == 1:
         return Found(None, tensors[0])  # type: ignore[arg-type]
-    below = Reading(reading.at, reading.mutations, (), frozenset(), None, reading.depth + 1)
+    below = Reading(node, depth=reading.depth + 1)
     whole: fx.Node | None = None
     rope: Rope | None = None
     position = 0
@@ -154,8 +154,17 @@ def _products(node: fx.Node) -> list[fx.Node]:
     return found if len(found) >= 2 else []
 
 
-def _bases(product: fx.Node) -> list[fx.Node]:
-    """Tensors that the rotated one may be, nearest to the product first."""
+def _bases(products: list[fx.Node]) -> list[fx.Node]:
+    """Tensors that the rotated one may be: what all products read, the nearest first."""
+    common = _reached(products[0])
+    for product in products[1:]:
+        others = set(_reached(product))
+        common = [node for node in common if node in others]
+    return common
+
+
+def _reached(product: fx.Node) -> list[fx.Node]:
+    """What the factors of a product are made of by moving elements."""
     found: list[fx.Node] = []
     for start in product.all_input_nodes[:2]:
         node: object = start
@@ -165,11 +174,15 @@ def _bases(product: fx.Node) -> list[fx.Node]:
             if node not in found:
                 found.append(node)
             step = layout_step(node)
-            strided = node.target is aten.slice.Tensor
-            if step is None and not strided and not is_cast(node) and node.target is not aten.neg.default:
+            if step is not None:
+                node = step.source
+            elif node.target in _JOINS and isinstance(node.args[0], list | tuple):
+                node = node.args[0][0]
+            elif is_cast(node) or node.target in (aten.slice.Tensor, aten.neg.default):
+                node = node.args[0]
+            else:
                 break
-            node = step.source if step is not None else node.args[0]
-    return sorted(found, key=lambda n: -len(n.users))
+    return found
 
 
 def _sides(product: fx.Node) -> list[tuple[fx.Node, fx.Node]]:

@@ -15,7 +15,7 @@ from .origins import Repeat as RepeatPiece
 from .registry import patterns
 from .sizes import hints_near
 
-__all__ = ["Walk", "find_producer"]
+__all__ = ["DEPTH", "Walk", "find_producer", "is_bottleneck"]
 
 log = logging.getLogger(__name__)
 
@@ -61,11 +61,25 @@ class _Place:
 class Walk:
     """One operand. The budget is shared by all of its parts, so that the walk is bounded on every graph."""
 
-    def __init__(self, mutations: Mutations, start: fx.Node, tokens: set[Axis]) -> None:
+    def __init__(self, mutations: Mutations, start: fx.Node, tokens: set[Axis], given_latents: bool = True) -> None:
         self.mutations = mutations
+        self.given_latents = given_latents
+        """Whether an input of the graph may be a latent."""
+
         self.space = AxisSpace(hints_near(start))
         self.tokens = tokens
         self.budget = BUDGET
+        self.bases: dict[fx.Node, fx.Node] = {}
+
+    def number(self, size: Size) -> int:
+        """A size, or its example value: whether a tensor is narrow decides what pays, not what is right."""
+        return size if isinstance(size, int) or self.space.hint is None else self.space.hint(size)
+
+    def base(self, node: fx.Node) -> fx.Node:
+        """The node whose storage this one lies in."""
+        if node not in self.bases:
+            self.bases[node] = base_of(node)
+        return self.bases[node]
 
     def origin(self, node: fx.Node, at: fx.Node, layout: Layout | None, depth: int = 0) -> Origin:
         return _Branch(self, depth).run(_Place(node, at, layout))
@@ -102,8 +116,9 @@ class _Branch:
             return self.end(node, "no tensor")
         reading = self.reading(place)
         found = find_producer(node, reading)
-        write = reading.write(node)
-        changed = write is not None and write > node and (base_of(node) is node or node in reading.writes(node))
+        changed = any(write > node for write in reading.writes) and (
+            self.walk.base(node) is node or node in reading.writes
+        )
         if changed and (found is None or not found.sees_writes):
             return self.end(node, "written to before it is read")
         if found is not None:
@@ -125,7 +140,9 @@ class _Branch:
         layout = self.space.resolve_layout(place.layout) if place.layout is not None else None
         tokens = self.tokens()
         dims = tuple(i for i, dim in enumerate(layout or ()) if tokens.intersection(dim))
-        return Reading(place.at, self.walk.mutations, dims, tokens, layout, self.depth)
+        writes = self.walk.mutations.writes
+        before = writes.get(self.walk.base(place.node), ()) if writes else ()
+        return Reading(place.at, tuple(w for w in before if w < place.at), dims, layout, self.depth)
 
     def tokens(self) -> frozenset[Axis]:
         return self.space.axes(tuple((axis,) for axis in self.walk.tokens))
@@ -161,13 +178,16 @@ class _Branch:
         return tuple(layout)
 
     def projection(self, piece: Projection, found: Found, place: _Place) -> _Place | None:
-        """A projection ends the walk, unless what it projects is a latent: then the way of the latent follows."""
+        """A projection ends the walk, unless it projects a latent, or every head by itself: then the way goes on."""
         self.settle(piece)
         if self.walk.budget > 0 and self.depth <= DEPTH and found.source is not None:
             rest = _Branch(self.walk, self.depth + 1)
             latent = rest.run(_Place(found.source, place.node, found.layout))
-            if _is_bottleneck(latent, piece):
-                self.pieces.append(Narrow(place.node, found.source, piece.in_width, piece))
+            sizes = (self.walk.number(piece.in_width), self.walk.number(piece.out_width))
+            narrow = is_bottleneck(latent, *sizes, self.walk)
+            if narrow or piece.per_head:
+                latent_piece = Narrow(place.node, found.source, piece.in_width, piece)
+                self.pieces.append(piece if piece.per_head else latent_piece)
                 self.pieces.extend(latent.pieces)
                 self.path.extend(latent.path)
                 return None
@@ -191,7 +211,7 @@ class _Branch:
 
     def shares(self, node: fx.Node, source: fx.Node) -> bool:
         """Whether later writes to `source` show in `node`."""
-        return bool(self.walk.mutations.writes) and base_of(node) is base_of(source)
+        return bool(self.walk.mutations.writes) and self.walk.base(node) is self.walk.base(source)
 
     def next(self, place: _Place, source: fx.Node, layout: Layout | None) -> _Place:
         return _Place(source, place.at if self.shares(place.node, source) else place.node, layout)
@@ -285,12 +305,12 @@ def _repetitions(step: Expand | Repeat) -> Size:
     return product(size for size, repeated in zip(step.after, step.repeated(), strict=True) if repeated)
 
 
-def _is_bottleneck(latent: Origin, up: Projection) -> bool:
-    """Whether the source of a projection is narrower than both what it was made from and what is made of it.
+def is_bottleneck(latent: Origin, width: int, expanded: int, walk: Walk) -> bool:
+    """Whether a tensor is narrower than both what it was made from and what is made of it.
 
-    A cache of it, or an input, takes the place of what it was made from.
+    A cache of it, or an input where the walk allows that, takes the place of what it was made from.
     """
-    if isinstance(up.in_width, int) and isinstance(up.out_width, int) and up.in_width >= up.out_width:
+    if width >= expanded:
         return False
     for piece in latent:
         match piece:
@@ -298,15 +318,9 @@ def _is_bottleneck(latent: Origin, up: Projection) -> bool:
                 return True
             case Projection() | Narrow():
                 down = piece if isinstance(piece, Projection) else piece.up
-                return _less(up.in_width, down.in_width)
+                return width < walk.number(down.in_width)
             case Opaque(node=node):
-                return node.op == "placeholder" and not up.per_head
+                return walk.given_latents and node.op == "placeholder"
             case Parts():
                 return False
     return False
-
-
-def _less(a: Size, b: Size) -> bool:
-    if isinstance(a, int) and isinstance(b, int):
-        return a < b
-    return bool((a - b).is_negative)

@@ -17,9 +17,9 @@ from typing import Literal, overload
 import torch
 from torch import fx
 
-from .axes import Axis, Dim, Layout, Size
+from .axes import Dim, Layout, Size
 from .compat import source_name
-from .mutations import Mutations, base_of, mutations
+from .mutations import Mutations, mutations
 from .sites import AttentionSite, Operand
 
 __all__ = [
@@ -227,25 +227,15 @@ class Origin:
 
 @dataclass(frozen=True)
 class Reading:
-    """How a tensor is read: by `at`, so that writes to its storage before `at` are seen."""
+    """How a tensor is read: by `at`, which sees the `writes` to its storage, in order."""
 
     at: fx.Node
-    mutations: Mutations
+    writes: tuple[fx.Node, ...] = ()
     token_dims: tuple[int, ...] = ()
     """The dimensions that hold tokens, where they are known."""
 
-    tokens: frozenset[Axis] = frozenset()
     layout: Layout | None = None
     depth: int = 0
-
-    def write(self, node: fx.Node) -> fx.Node | None:
-        """The last write to the storage of `node` that `at` sees."""
-        writes = self.writes(node)
-        return writes[-1] if writes else None
-
-    def writes(self, node: fx.Node) -> tuple[fx.Node, ...]:
-        known = self.mutations.writes
-        return tuple(w for w in known.get(base_of(node), ()) if w < self.at) if known else ()
 
     def along(self, dim: int, rank: int) -> Along:
         """What dimension `dim` of a tensor of `rank` dimensions holds."""
@@ -291,15 +281,24 @@ class Origins:
         return self.keys[0]
 
 
-def origin(operand: Operand, mutations: Mutations, tokens: Dim = (), site: AttentionSite | None = None) -> Origin:
-    """The pieces that an operand of a site is made of. `tokens` are the axes of its tokens."""
+def origin(
+    operand: Operand,
+    mutations: Mutations,
+    tokens: Dim = (),
+    site: AttentionSite | None = None,
+    given_latents: bool = True,
+) -> Origin:
+    """The pieces that an operand of a site is made of.
+
+    `tokens` are the axes of its tokens; `given_latents`: an input of the graph may be a latent.
+    """
     from .origin_walk import Walk
 
     region = set(site.region) if site is not None else set(operand.node.users)
     readers = [user for user in operand.node.users if user in region]
     at = min(readers) if site is not None and readers else max(operand.node.users, default=operand.node)
     layout = site.space.resolve_layout(operand.layout) if site is not None else operand.layout
-    return Walk(mutations, operand.node, set(tokens)).origin(operand.node, at, layout)
+    return Walk(mutations, operand.node, set(tokens), given_latents).origin(operand.node, at, layout)
 
 
 def origins(site: AttentionSite, writes: Mutations | None = None) -> Origins:
@@ -307,7 +306,7 @@ def origins(site: AttentionSite, writes: Mutations | None = None) -> Origins:
     writes = mutations(site.anchor.graph) if writes is None else writes
     rows, columns = site.axes.queries, site.axes.keys
     return Origins(
-        tuple(origin(term.query, writes, rows, site) for term in site.terms),
+        tuple(origin(term.query, writes, rows, site, given_latents=False) for term in site.terms),
         tuple(origin(term.key, writes, columns, site) for term in site.terms),
         origin(site.value, writes, columns, site),
     )
