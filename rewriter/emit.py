@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +20,42 @@ from .sizes import as_fake, fake_mode_of_value
 aten = torch.ops.aten
 
 
+@dataclass
+class Session:
+    """What the emitters of one graph share: layers that need the same mask read one, not thirty."""
+
+    replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    """The outputs of earlier sites, which later sites' operands may name, and what took their place."""
+
+    written: Callable[[fx.Node], bool] = lambda node: False
+    """Whether the storage of a node is written to somewhere in the graph: such reads are not shared."""
+
+    made: dict[object, fx.Node] = field(default_factory=dict)
+
+    def find(self, target: object, args: Any, kwargs: Any, before: fx.Node) -> fx.Node | None:
+        """A node that computes the same and stands in front of `before`."""
+        made = self.made.get(_key(target, args, kwargs))
+        return made if made is not None and made < before else None
+
+    def keep(self, node: fx.Node) -> None:
+        if not any(self.written(operand) for operand in node.all_input_nodes):
+            self.made.setdefault(_key(node.target, node.args, node.kwargs), node)
+
+    def forget(self, node: fx.Node) -> None:
+        self.made = {key: made for key, made in self.made.items() if made is not node}
+
+
+def _key(target: object, args: Any, kwargs: Any) -> object:
+    def frozen(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return tuple(frozen(v) for v in value)
+        if isinstance(value, dict):
+            return tuple((k, frozen(v)) for k, v in value.items())
+        return (type(value), value) if isinstance(value, bool | int | float) else value
+
+    return target, frozen(args), frozen(kwargs)
+
+
 class Emitter:
     """Appends nodes before `before`. The graph's other nodes are not touched."""
 
@@ -28,9 +65,9 @@ class Emitter:
         rewrite: str,
         space: AxisSpace,
         known: Iterable[tuple[fx.Node, Layout]],
-        replaced: Mapping[fx.Node, fx.Node] | None = None,
+        session: Session | None = None,
     ) -> None:
-        self._replaced = replaced or {}
+        self._session = session or Session()
         self._graph = before.graph
         self._before = before
         self._rewrite = rewrite
@@ -40,14 +77,11 @@ class Emitter:
         self.nodes: list[fx.Node] = []
 
     @classmethod
-    def at(cls, site: AttentionSite, rewrite: str, replaced: Mapping[fx.Node, fx.Node]) -> Emitter:
-        """An emitter for a replacement of the site's output.
-
-        `replaced` maps the outputs of earlier sites, which this site's operands may name, to what took their place.
-        """
+    def at(cls, site: AttentionSite, rewrite: str, session: Session) -> Emitter:
+        """An emitter for a replacement of the site's output."""
         operands = [term.query for term in site.terms] + [term.key for term in site.terms] + [site.value]
         known = [entry for operand in operands for entry in reversed(operand.chain)]
-        return cls(site.output, rewrite, site.space, known, replaced)
+        return cls(site.output, rewrite, site.space, known, session)
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """One new node. Raises whatever the operator raises for arguments that do not fit."""
@@ -57,7 +91,9 @@ class Emitter:
         self, target: Callable[..., Any], shaped: Callable[..., Any] | None, *args: Any, **kwargs: Any
     ) -> fx.Node:
         """One new node whose value has the shape and dtype that `shaped` computes from the same arguments."""
-        args, kwargs = fx.node.map_arg((args, kwargs), lambda node: self._replaced.get(node, node))
+        args, kwargs = fx.node.map_arg((args, kwargs), lambda node: self._session.replaced.get(node, node))
+        if (made := self._session.find(target, args, kwargs, self._before)) is not None:
+            return made
         values = fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
         with fake_mode_of_value(values) as mode:
             if isinstance(mode, FakeTensorMode):  # constants of the graph are real tensors
@@ -71,11 +107,25 @@ class Emitter:
                 node.meta[key] = self._before.meta[key]
         node.meta["latent_rewrite"] = self._rewrite
         self.nodes.append(node)
+        self._session.keep(node)
         return node
+
+    def behind(self, result: fx.Node) -> list[fx.Node]:
+        """The emitted nodes that `result` is computed from, those shared with other sites included, in order."""
+        emitted = {*self.nodes, *self._session.made.values()}
+        found: set[fx.Node] = set()
+        pending = [result]
+        while pending:
+            node = pending.pop()
+            if node in emitted and node not in found:
+                found.add(node)
+                pending.extend(node.all_input_nodes)
+        return sorted(found)
 
     def discard(self) -> None:
         """Take the emitted nodes back."""
         for node in reversed(self.nodes):
+            self._session.forget(node)
             self._graph.erase_node(node)
         self.nodes.clear()
 

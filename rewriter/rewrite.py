@@ -14,9 +14,9 @@ import sympy
 from torch import fx
 
 from .certify import Certificate, certify
-from .emit import Emitter
+from .emit import Emitter, Session
 from .masks import MaskReader
-from .mutations import Mutations
+from .mutations import Mutations, base_of
 from .options import Options
 from .provenance import source_line
 from .recognise import recognise_at
@@ -69,7 +69,7 @@ class _Run:
         self.graph, self.options, self.hints = graph, options, hints
         self.current: list[AttentionSite | None] = list(sites)
         self.taken_by: dict[int, str] = {}
-        self.replaced: dict[fx.Node, fx.Node] = {}
+        self.session = Session(written=lambda node: base_of(node) in self.mutations.writes)
         self.mutations = Mutations.of(graph)
         self.reader = MaskReader(graph)
         self.verdicts: list[Verdict] = []
@@ -104,7 +104,7 @@ class _Run:
             return replace(verdict, outcome="not paying", reason="as many bytes move as before")
         if (moved := self._written_between(site)) is not None:
             return self._refuse(verdict, Refusal("a tensor it reads is written in between", moved))
-        emit = Emitter.at(site, entry.name, self.replaced)
+        emit = Emitter.at(site, entry.name, self.session)
         try:
             new = rule.build(answer, emit)
             certificate = self._certify(entry, answer, new, emit)
@@ -119,8 +119,9 @@ class _Run:
             log.warning("rewrite %s undone at %s: %s", entry.name, verdict.line, reason)
             return replace(verdict, outcome="undone", reason=reason, error=certificate.error)
         site.output.replace_all_uses_with(new, propagate_meta=False)
-        self.replaced = {old: new if now is site.output else now for old, now in self.replaced.items()}
-        self.replaced[site.output] = new
+        replaced = self.session.replaced
+        replaced.update({old: new for old, now in replaced.items() if now is site.output})
+        replaced[site.output] = new
         self._recognise_again(entry, index, emit)
         return replace(verdict, outcome="applied", error=certificate.error if certificate else None)
 
@@ -131,9 +132,10 @@ class _Run:
     def _certify(self, entry: RewriteEntry, match: Match, new: fx.Node, emit: Emitter) -> Certificate | None:
         if self.options.verify == "off" or not entry.exact:
             return None
-        key = entry.name + signature((*match.site.region, *emit.nodes), match.evaluate)
+        added = emit.behind(new)
+        key = entry.name + signature((*match.site.region, *added), match.evaluate)
         if key not in self.certificates or self.options.verify == "full":
-            self.certificates[key] = certify(match.site.output, new, emit.nodes, match.evaluate)
+            self.certificates[key] = certify(match.site.output, new, added, match.evaluate)
         return self.certificates[key]
 
     def _written_between(self, site: AttentionSite) -> fx.Node | None:
