@@ -53,10 +53,14 @@ class Piece:
 
 def resolve_filled_buffers(gm: fx.GraphModule) -> int:
     """Replace every buffer that is written piece by piece, completely, before it is read. In place; -> how many."""
-    resolved = 0
+    resolved, mutations = 0, None
     for node in list(gm.graph.nodes):
-        if node.target in _FRESH and node.kwargs.get("memory_format") is None:
-            resolved += _resolve(node, Mutations.of(gm.graph)) if _is_written(node) else 0
+        if node.target in _FRESH and node.kwargs.get("memory_format") is None and _is_written(node):
+            mutations = mutations or Mutations.of(gm.graph)
+            pieces = _resolve(node, mutations)
+            resolved += bool(pieces)
+            if 0 < pieces < len(mutations.writes[node]):  # the other writes are to the cat now
+                mutations = None
     return resolved
 
 
@@ -64,33 +68,34 @@ def _is_written(buffer: fx.Node) -> bool:
     return any(user.target in (aten.slice.Tensor, aten.select.int, aten.narrow.default) for user in buffer.users)
 
 
-def _resolve(buffer: fx.Node, mutations: Mutations) -> bool:
+def _resolve(buffer: fx.Node, mutations: Mutations) -> int:
+    """The number of writes that became a cat; 0 when the buffer stays."""
     pieces = _pieces(buffer) or []
     dims = {piece.region.dim for piece in pieces}
     dim = dims.pop() if len(dims) == 1 else None
     if dim is None:
-        return False
+        return 0
     whole = buffer.meta["val"]
     ordered = _covering(pieces, whole.shape[dim])
     if ordered is None or not _order_safe(buffer, pieces, mutations) or not all(_fits(p, whole) for p in pieces):
-        return False
+        return 0
     _replace(buffer, ordered, pieces, dim)
-    return True
+    return len(pieces)
 
 
 # ** finding the pieces **
 
 
 def _pieces(buffer: fx.Node) -> list[Piece] | None:
-    """The writes into slices of a buffer in order, or None when a slice of it is used in another way."""
+    """The writes into slices of a buffer in order, or None when such a slice is used in another way as well."""
     found: list[Piece] = []
     for user in buffer.users:
         region = _narrow(user, buffer, Region())
-        if region is not None:
-            pieces = list(_writes_through(user, region))
-            if None in pieces:
-                return None
-            found += [piece for piece in pieces if piece is not None]
+        uses = list(_writes_through(user, region)) if region is not None else []
+        pieces = [piece for piece in uses if piece is not None]
+        if pieces and len(pieces) < len(uses):
+            return None
+        found += pieces
     return sorted(found, key=lambda piece: piece.write)
 
 
@@ -158,15 +163,25 @@ def _covering(pieces: Sequence[Piece], size: Size) -> list[Piece] | None:
 def _order_safe(buffer: fx.Node, pieces: Sequence[Piece], mutations: Mutations) -> bool:
     """Nobody reads before the last write, no source changes on the way, and no mode is switched between the writes."""
     first, last = pieces[0].write, pieces[-1].write
-    if any(not last < reader for reader in _readers(buffer)):
+    if any(not last < reader for reader in _readers(buffer, pieces)):
         return False
     if any(mutations.write_between(piece.source, piece.write, last) for piece in pieces):
         return False
-    return not any(switches_mode(node.target) for node in buffer.graph.nodes if first < node < last)
+    node = first
+    while node is not last and not switches_mode(node.target):
+        node = node.next
+    return node is last
 
 
-def _readers(buffer: fx.Node) -> list[fx.Node]:
-    return [user for user in buffer.users if _narrow(user, buffer, Region()) is None]
+def _readers(buffer: fx.Node, pieces: Sequence[Piece]) -> list[fx.Node]:
+    """What uses a buffer and is no slice that is written through; slices that are read belong here."""
+    written = set()
+    for piece in pieces:
+        view = piece.write.args[0]
+        while isinstance(view, fx.Node) and view is not buffer:
+            written.add(view)
+            view = view.args[0]
+    return [user for user in buffer.users if user not in written]
 
 
 def _fits(piece: Piece, whole: torch.Tensor) -> bool:
@@ -193,7 +208,7 @@ def _expansion(before: Sequence[Size], after: Sequence[Size]) -> list[int] | Non
 
 
 def _replace(buffer: fx.Node, ordered: Sequence[Piece], pieces: Sequence[Piece], dim: int) -> None:
-    graph, last, readers = buffer.graph, pieces[-1].write, _readers(buffer)
+    graph, last, readers = buffer.graph, pieces[-1].write, _readers(buffer, pieces)
     parts = [_as_part(piece, buffer.meta["val"].dtype, dim, last) for piece in ordered]
     joined = _emit(graph, last, last, aten.cat.default, parts, dim)
     for reader in readers:

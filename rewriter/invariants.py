@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from .compat import HigherOrderOperator, OpOverload, autocast_switch, switches_mode
+from .compat import HigherOrderOperator, OpOverload, switches_mode
 from .mutations import visible_writes
 from .purity import is_pure, is_symbolic_arithmetic
 
@@ -89,11 +89,16 @@ def _is_legal(target: object) -> bool:
 
 
 def described(graph: fx.Graph, contract: Contract | None) -> Iterator[Broken]:
-    """A call has a value in `meta["val"]`."""
+    """A call that gives something has its value in `meta["val"]`."""
     for node in graph.nodes:
-        # leaving an autocast region has no value, and entering one has a handle of which only the node is kept
-        if node.op == "call_function" and "val" not in node.meta and autocast_switch(node.target) is None:
+        if node.op == "call_function" and "val" not in node.meta and _gives_something(node.target):
             yield f"{node.name} has no value", node
+
+
+def _gives_something(target: object) -> bool:
+    if isinstance(target, OpOverload):
+        return bool(target._schema.returns)
+    return not switches_mode(target)
 
 
 def located(graph: fx.Graph, contract: Contract | None) -> Iterator[Broken]:

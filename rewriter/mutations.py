@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx
@@ -72,39 +72,58 @@ def _storages(node: fx.Node) -> set[int]:
 
 def base_of(node: fx.Node) -> fx.Node:
     """The node whose storage this one lies in: views and in-place results followed up, aliased inputs united."""
+    root = _root(node)
+    return _inputs_by_storage(root.graph).get(_storage(root), root) if root.op == "placeholder" else root
+
+
+def _root(node: fx.Node) -> fx.Node:
     while (source := _shared_input(node)) is not None:
         node = source
-    if node.op == "placeholder" and (mine := storage_of(node.meta.get("val"))) is not None:
-        inputs = node.graph.find_nodes(op="placeholder")
-        return next((other for other in inputs if storage_of(other.meta.get("val")) == mine), node)
     return node
+
+
+def _storage(node: fx.Node) -> int | None:
+    return storage_of(node.meta.get("val"))
+
+
+def _inputs_by_storage(graph: fx.Graph) -> dict[int | None, fx.Node]:
+    """Storage -> the first input that lies in it."""
+    inputs = reversed(graph.find_nodes(op="placeholder"))
+    return {storage: node for node in inputs if (storage := _storage(node)) is not None}
 
 
 @dataclass(frozen=True)
 class Mutations:
-    """The writes of a graph: storage base -> writing nodes, in order."""
+    """The writes of a graph: storage base -> writing nodes, in order. `Mutations.of(graph)` makes it."""
 
     writes: Mapping[fx.Node, tuple[fx.Node, ...]]
     graph: fx.Graph
+    inputs: Mapping[int | None, fx.Node] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, graph: fx.Graph) -> Mutations:
         found: dict[fx.Node, tuple[fx.Node, ...]] = {}
+        made = cls(found, graph, _inputs_by_storage(graph))
         for node in graph.nodes:
-            for base in dict.fromkeys(base_of(written) for written in writes(node)):
+            for base in dict.fromkeys(made.base_of(written) for written in writes(node)):
                 found[base] = (*found.get(base, ()), node)
-        return cls(found, graph)
+        return made
+
+    def base_of(self, node: fx.Node) -> fx.Node:
+        """As the function of this name, without looking through the inputs each time."""
+        root = _root(node)
+        return self.inputs.get(_storage(root), root) if root.op == "placeholder" else root
 
     def write_between(self, tensor: fx.Node, first: fx.Node, last: fx.Node) -> fx.Node | None:
         """A write to the tensor's storage after `first` and before `last`."""
-        return next((w for w in self.writes.get(base_of(tensor), ()) if first < w < last), None)
+        return next((w for w in self.writes.get(self.base_of(tensor), ()) if first < w < last), None)
 
     def epoch(self, node: fx.Node, tensor: fx.Node | None = None) -> int:
         """How many writes come before `node` to the storage of `tensor`, by default to the one that `node` lies in.
 
         Two reads of one tensor give the same values when their epochs are equal.
         """
-        return sum(w < node for w in self.writes.get(base_of(node if tensor is None else tensor), ()))
+        return sum(w < node for w in self.writes.get(self.base_of(node if tensor is None else tensor), ()))
 
 
 def mutations(graph: fx.Graph) -> Mutations:

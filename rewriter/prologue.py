@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 
 from .compat import WeightStates, add_input, autocast_switch, source_name, switches_mode
-from .mutations import Mutations, base_of
+from .mutations import Mutations
 from .purity import is_pure, is_random, is_symbolic_arithmetic
 
 __all__ = ["Hoisted", "HoistedCall", "Prologue", "hoist", "invalidate"]
@@ -154,14 +154,14 @@ class _WeightOnly:
     def admits(self, node: fx.Node) -> bool:
         """Whether a call may run in the prologue."""
         known = all(given in self.weights for given in node.all_input_nodes)
-        if not known or not is_pure(node) or is_random(node) or base_of(node) in self.mutations.writes:
+        if not known or not is_pure(node) or is_random(node) or self.mutations.base_of(node) in self.mutations.writes:
             return False
         if is_symbolic_arithmetic(node.target):  # sizes do not move; a member of a list of tensors does
             return isinstance(node.meta.get("val"), torch.Tensor)
         return self._stays_small(node)
 
     def _stays_small(self, node: fx.Node) -> bool:
-        if base_of(node) is not node:  # a view takes no memory
+        if self.mutations.base_of(node) is not node:  # a view takes no memory
             return True
         allowed = GROWTH * sum(_bytes(weight) for weight in self.of(node))
         return _bytes(node) <= allowed or not self.of(node)
@@ -175,7 +175,9 @@ def _derived(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[fx.Node]:
     mutations = Mutations.of(gm.graph)
     placeholders = gm.graph.find_nodes(op="placeholder")
     weights = {n: frozenset([n]) for n, value in zip(placeholders, inputs, strict=True) if _is_weight(n, value)}
-    known = _WeightOnly({n: own for n, own in weights.items() if base_of(n) not in mutations.writes}, mutations)
+    known = _WeightOnly(
+        {n: own for n, own in weights.items() if mutations.base_of(n) not in mutations.writes}, mutations
+    )
     in_autocast = 0
     for node in gm.graph.nodes:
         if (entering := autocast_switch(node.target)) is not None:
@@ -183,8 +185,8 @@ def _derived(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[fx.Node]:
         elif node.op == "call_function" and not in_autocast and known.admits(node):
             known.weights[node] = known.of(node)
     read = [n for n in known.weights if any(user not in known.weights for user in n.users)]
-    bases = dict.fromkeys(base_of(node) for node in read if known.weights[node])
-    returned = {base_of(node) for node in gm.graph.output_node().all_input_nodes}
+    bases = dict.fromkeys(mutations.base_of(node) for node in read if known.weights[node])
+    returned = {mutations.base_of(node) for node in gm.graph.output_node().all_input_nodes}
     # a caller may write to what it is given, so results are not shared with it
     tensors = (n for n in bases if n.op == "call_function" and isinstance(n.meta.get("val"), torch.Tensor))
     return sorted(n for n in tensors if n not in returned)

@@ -65,7 +65,10 @@ def module_path(node: fx.Node) -> str:
     return ""
 
 
-_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in [^\n]*(?:\n[ \t]+(?P<code>(?!File ")[^\n]*))?')
+_FRAME = re.compile(
+    r'File "(?P<file>[^"]+)", line (?P<line>\d+), in [^\n]*'
+    r'(?:\n[ \t]+(?![ \t]|File ")(?P<code>[^\n]*))?'
+)
 
 
 # Of transformers, the models are a user's program, and what they call (caches, masks, attention functions) is not.

@@ -79,7 +79,15 @@ def _slice_of_slice(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return buffer * 2
 
 
-FILLED = [_two_slices, _back_to_front, _select, _broadcast_and_cast, _slice_of_slice]
+def _read_through_a_later_slice(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """As a prefill with a static cache reads its keys."""
+    buffer = x.new_empty(3, 6)
+    buffer[:, :4] = x
+    buffer[:, 4:] = y
+    return buffer[:2] * 2
+
+
+FILLED = [_read_through_a_later_slice, _two_slices, _back_to_front, _select, _broadcast_and_cast, _slice_of_slice]
 
 
 @pytest.mark.parametrize("program", FILLED)
@@ -123,6 +131,14 @@ def _read_through_the_slice(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return buffer * front.sum()
 
 
+def _read_through_an_earlier_slice(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    buffer = torch.zeros(3, 6)
+    rows = buffer[:2]
+    buffer[:, :4] = x
+    buffer[:, 4:] = y
+    return buffer.sum() * rows
+
+
 def _source_changes(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     source = x.clone()
     buffer = torch.zeros(3, 6)
@@ -158,6 +174,7 @@ LEFT = [
     _overlap,
     _read_in_between,
     _read_through_the_slice,
+    _read_through_an_earlier_slice,
     _source_changes,
     _two_dimensions,
     _step,
