@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import fx
 
+from .mutations import base_of, writes
+
 aten = torch.ops.aten
 
 _SAME = {
@@ -60,6 +62,8 @@ def read_scalar(value: object) -> float | None:
         return _constant(value)
     if not isinstance(example, torch.Tensor) or any(not isinstance(s, int) or s != 1 for s in example.shape):
         return None
+    if _is_written(value):
+        return None
     if value.target is aten.full.default or value.target is aten.new_full.default:
         return read_scalar(value.args[1 if value.target is aten.full.default else 2])
     if value.target is aten.scalar_tensor.default or value.target in _SAME:
@@ -67,6 +71,19 @@ def read_scalar(value: object) -> float | None:
     if value.target in _ARITHMETIC and not value.kwargs:
         return _computed(_ARITHMETIC[value.target], value.args)
     return None
+
+
+def _is_written(node: fx.Node) -> bool:
+    """Whether a tensor is written to, through itself or a view: its value is then not the one it was made with."""
+    stack = [base := base_of(node)]
+    while stack:
+        tensor = stack.pop()
+        for user in tensor.users:
+            if tensor in writes(user) and user.target is not aten.detach_.default:
+                return True
+            if base_of(user) is base:
+                stack.append(user)
+    return False
 
 
 def _constant(node: fx.Node) -> float | None:

@@ -303,6 +303,17 @@ def test_scalars_of_the_program_are_read() -> None:
     assert read_scalar(by_name["aten.mul.Tensor"].args[0]) is None
 
 
+def test_a_scalar_that_is_written_is_no_number() -> None:
+    def program(x: torch.Tensor) -> torch.Tensor:
+        factor = torch.tensor([2.0])
+        factor[0] = 5.0
+        return x * factor
+
+    gm = captured(program, X)
+    (product,) = [n for n in gm.graph.nodes if n.target is aten.mul.Tensor]
+    assert read_scalar(product.args[1]) is None
+
+
 # ** rules **
 
 
