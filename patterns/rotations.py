@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from ..rewriter.axes import same_size
+from ..rewriter.contractions import contraction
 from ..rewriter.layouts import Part, View, is_cast, is_tensor, layout_step, shape_of
 from ..rewriter.origin_walk import DEPTH, find_producer
 from ..rewriter.origins import Found, Reading, Rope
@@ -22,6 +23,7 @@ _MUL = {aten.mul.Tensor, aten.mul_.Tensor, aten.multiply.Tensor}
 _ADD = {aten.add.Tensor, aten.add_.Tensor}
 _SUB = {aten.sub.Tensor, aten.sub_.Tensor}
 _JOINS = {aten.cat.default, aten.concat.default, aten.stack.default}
+_GATHERS = {aten.index.Tensor, aten.index_select.default, aten.gather.default, aten.flip.default, aten.roll.default}
 CHAIN = 8
 """Operations between a tensor and its use in a rotation."""
 
@@ -45,7 +47,7 @@ def rope_opaque(node: fx.Node, reading: Reading) -> Found | None:
             for turned, sin in _sides(with_sin):
                 if function_of(cos) != "cos" or function_of(sin) != "sin" or uncast(turned) is uncast(x):
                     continue
-                if shape_of(x) == shape_of(node) == shape_of(turned) and _comes_from(turned, uncast(x)):
+                if shape_of(x) == shape_of(node) == shape_of(turned) and _rearranged(turned, uncast(x)):
                     return Found(Rope(node, "other", shape_of(x)[-1], angles=(cos, sin)), x)
     return None
 
@@ -56,11 +58,16 @@ def rope_real(node: fx.Node, reading: Reading) -> Found | None:
     if node.target not in _ADD | _SUB | _JOINS | {aten.addcmul.default} and not isinstance(layout_step(node), View):
         return None
     products = _products(node)
+    rope: Rope | None = None
+    source: fx.Node | None = None
     for base in _bases(products) if products else ():
+        # A tensor further up of the same shape counts where its elements were rearranged since.
+        if source is not None and shape_of(base) != shape_of(source):
+            continue
         form = rotation_form(node, base)
-        if form is not None:
-            return Found(Rope(node, form[0], shape_of(base)[-1], angles=form[1]), base)
-    return None
+        if form is not None and (rope is None or form[0] != rope.form):
+            rope, source = Rope(node, form[0], shape_of(base)[-1], angles=form[1]), base
+    return None if rope is None else Found(rope, source)
 
 
 @pattern("producer")
@@ -190,12 +197,18 @@ def _sides(product: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
     return [(a, b), (b, a)] if isinstance(a, fx.Node) and isinstance(b, fx.Node) else []
 
 
-def _comes_from(node: fx.Node, source: fx.Node) -> bool:
-    pending, seen = [node], {node}
-    while pending and len(seen) < 16:
+def _rearranged(turned: fx.Node, source: fx.Node) -> bool:
+    """Whether a tensor is made of `source` by gathers or products with matrices, besides what can be followed."""
+    pending, seen, gathered = [turned], {turned}, False
+    while pending and len(seen) < 2 * CHAIN:
         top = pending.pop()
         if top is source:
-            return True
+            return gathered
+        step = layout_step(top)
+        if top.target in _GATHERS or contraction(top) is not None:
+            gathered = True
+        elif step is None and not is_cast(top) and top.target not in _JOINS | {aten.neg.default, aten.slice.Tensor}:
+            continue
         fresh = [n for n in top.all_input_nodes if n not in seen]
         seen.update(fresh)
         pending.extend(fresh)

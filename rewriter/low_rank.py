@@ -154,7 +154,7 @@ def _is_latent(up: Projection, whole: Size, writes: Mutations) -> bool:
     """Where two projections are each no wider than their source, whether both together are."""
     walk = Walk(writes, up.source, set(), given_latents=False)
     behind = walk.origin(up.source, up.node, None)
-    return is_bottleneck(behind, walk.number(up.in_width), walk.number(whole), walk)
+    return is_bottleneck(behind, up, whole, whole, walk)
 
 
 def _absorbed(found: Origins) -> LowRank | None:

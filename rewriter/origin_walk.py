@@ -179,12 +179,11 @@ class _Branch:
 
     def projection(self, piece: Projection, found: Found, place: _Place) -> _Place | None:
         """A projection ends the walk, unless it projects a latent, or every head by itself: then the way goes on."""
-        self.settle(piece)
+        used = self.settle(piece)
         if self.walk.budget > 0 and self.depth <= DEPTH and found.source is not None:
             rest = _Branch(self.walk, self.depth + 1)
             latent = rest.run(_Place(found.source, place.node, found.layout))
-            sizes = (self.walk.number(piece.in_width), self.walk.number(piece.out_width))
-            narrow = is_bottleneck(latent, *sizes, self.walk)
+            narrow = is_bottleneck(latent, piece, piece.out_width, used, self.walk)
             if narrow or piece.per_head:
                 latent_piece = Narrow(place.node, found.source, piece.in_width, piece)
                 self.pieces.append(piece if piece.per_head else latent_piece)
@@ -194,9 +193,10 @@ class _Branch:
         self.pieces.append(piece)
         return None
 
-    def settle(self, piece: Projection) -> None:
-        """Say of the slices on the way which elements of the projection's result they take."""
+    def settle(self, piece: Projection) -> Size:
+        """Say of the slices on the way which elements of the projection's result they take, and how many are left."""
         axes = self.space.resolve(piece.axes)
+        used = piece.out_width
         for cut in self.cuts:
             whole = self.space.resolve((cut.axis,))
             first = next((i for i, axis in enumerate(axes) if axis in whole), None)
@@ -206,6 +206,9 @@ class _Branch:
             inner = product(axis.size for axis in axes[first:] if axis not in whole)
             start, length, of = (size * inner for size in (cut.start, cut.length, cut.axis.size))
             self.pieces[cut.at] = Slice(slice_.node, "width", start, length, of, interleaved=first > 0)
+            if isinstance(used, int) and isinstance(length, int) and isinstance(of, int) and of:
+                used = used * length // of
+        return used
 
     # ** what needs no pattern **
 
@@ -305,12 +308,14 @@ def _repetitions(step: Expand | Repeat) -> Size:
     return product(size for size, repeated in zip(step.after, step.repeated(), strict=True) if repeated)
 
 
-def is_bottleneck(latent: Origin, width: int, expanded: int, walk: Walk) -> bool:
-    """Whether a tensor is narrower than both what it was made from and what is made of it.
+def is_bottleneck(latent: Origin, up: Projection, expanded: Size, used: Size, walk: Walk) -> bool:
+    """Whether the source of a projection is narrower than both what it was made from and what is made of it.
 
-    A cache of it, or an input where the walk allows that, takes the place of what it was made from.
+    A cache of it takes the place of what it was made from; so does an input, where the walk allows that and the `used`
+    part alone is wider.
     """
-    if width >= expanded:
+    width = walk.number(up.in_width)
+    if width >= walk.number(expanded):
         return False
     for piece in latent:
         match piece:
@@ -320,7 +325,7 @@ def is_bottleneck(latent: Origin, width: int, expanded: int, walk: Walk) -> bool
                 down = piece if isinstance(piece, Projection) else piece.up
                 return width < walk.number(down.in_width)
             case Opaque(node=node):
-                return walk.given_latents and node.op == "placeholder"
+                return walk.given_latents and node.op == "placeholder" and width < walk.number(used)
             case Parts():
                 return False
     return False
