@@ -18,10 +18,10 @@ from torch import fx
 from . import history
 from .capture import capture, untouched_copy
 from .compat import DYNAMO_CONTROL_FLOW, compile_id, hand_to_inductor, list_mode_options, size_hints
-from .dump import dump_graph, dump_report, trace_artifacts
+from .dump import dump_report, readable, trace_artifacts
 from .expect import check_expectations
 from .lower import lower
-from .normal_form import normalise, remove_dead_code
+from .normal_form import Contract, check_normal_form, normalise, remove_dead_code
 from .opening import decompositions
 from .options import ExpectationFailed, OptionError, Options, read_options
 from .prologue import hoist
@@ -56,17 +56,19 @@ def latent(
 ) -> Compiled:
     """The backend. Raises OptionError for a bad option and ExpectationFailed for a broken contract, else nothing."""
     chosen = read_options(options, mode)
-    spare = untouched_copy(gm)
+    spare = gm
     try:
+        spare = untouched_copy(gm)
         return compile_graph(gm, example_inputs, chosen)
     except NOT_OURS:
         raise
     except Exception as error:
         if chosen.strict:
             raise
-        stage = error.stage if isinstance(error, StageFailed) else "backend"
         log.warning("latent: %s; the graph is compiled untouched by inductor", error)
-        history.remember(GraphReport(_name(), len(gm.graph.nodes), (), (), (), failure=f"{stage}: {error.__cause__}"))
+        failed = GraphReport(_name(), len(spare.graph.nodes), (), (), (), failure=failure_text(error))
+        history.remember(failed)
+        check_expectations(failed, chosen.expect)
         return finish(spare, example_inputs, chosen)
 
 
@@ -79,10 +81,10 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Op
     graph_module, report = transform(gm, example_inputs, options, seconds)
     with stage("hoist", seconds):
         hoisted = hoist(graph_module, example_inputs)
-    history.remember(report)
     check_expectations(report, options.expect)
     with stage("inductor", {}):
         compiled = finish(hoisted.gm, [*example_inputs, *hoisted.extra_inputs], options)
+    history.remember(report)
     return hoisted.wrap(compiled)
 
 
@@ -93,9 +95,11 @@ def transform(
     name = _name()
     with stage("capture", seconds):
         captured = capture(gm, example_inputs, decompositions())
+        contract = Contract.of(captured)
     with stage("normal form", seconds):
         normal = normalise(captured)
-    dump_graph(options.dump, name, "captured", normal)
+        check_normal_form(normal, contract)
+    texts = {"captured": readable(normal)} if options.dump else {}
     with stage("recognise", seconds):
         found = recognise(normal.graph)
         sites = tuple(report_site(i, site) for i, site in enumerate(found.sites))
@@ -103,7 +107,9 @@ def transform(
     with stage("rewrite", seconds):
         done = rewrite_graph(normal.graph, found.sites, options, size_hints(normal.graph.nodes))
         remove_dead_code(normal)
-    dump_graph(options.dump, name, "rewritten", normal)
+        check_normal_form(normal, contract)
+    if options.dump:
+        texts["rewritten"] = readable(normal)
     with stage("lower", seconds):
         lowered = lower(normal)
         remove_dead_code(normal)
@@ -117,8 +123,9 @@ def transform(
         len(done.certificates),
         seconds,
     )
-    dump_report(options.dump, report)
-    trace_artifacts(report)
+    with beside(options):
+        trace_artifacts(report)
+        dump_report(options.dump, report, texts)
     return normal, report
 
 
@@ -142,6 +149,24 @@ def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
     finally:
         seconds[name] = time.perf_counter() - start
         log.debug("%s: %.3f s", name, seconds[name])
+
+
+@contextmanager
+def beside(options: Options) -> Iterator[None]:
+    """What is written for eyes and tools must not cost the rewrite: a failure is one warning."""
+    try:
+        yield
+    except Exception as error:
+        if options.strict:
+            raise
+        log.warning("latent: the dump could not be written: %s: %s", type(error).__name__, error)
+
+
+def failure_text(error: Exception) -> str:
+    """The stage and what it raised, for a report."""
+    if isinstance(error, StageFailed):
+        return f"{error.stage}: {type(error.__cause__).__name__}: {error.__cause__}"
+    return f"backend: {type(error).__name__}: {error}"
 
 
 def _name() -> str:

@@ -16,6 +16,7 @@ from torch import fx
 
 from .layouts import layout_step
 from .sizes import concrete
+from .structure import signature
 
 TOLERANCE = 1e-9
 LIMIT = 1 << 28
@@ -37,22 +38,39 @@ class Certificate:
         return self.error <= TOLERANCE and (self.compared > 0 or bool(self.note))
 
 
-def certify(
-    original: fx.Node, replacement: fx.Node, new: Iterable[fx.Node], evaluate: Iterable[fx.Node]
-) -> Certificate:
-    """Compare `replacement` (built from the nodes `new`) with `original`."""
-    new = set(new)
-    frontier = {node for added in new for node in added.all_input_nodes if node not in new}
-    frontier.discard(original)
-    evaluate = set(evaluate)
-    opened = _ancestors(evaluate)
-    inputs = {node for node in frontier - opened if not _is_view_of_another(node, frontier)}
-    needed = _needed(original, inputs) | _needed(replacement, inputs)
-    todo = sorted(needed)
-    if (size := max((_elements(node) for node in todo), default=0)) > LIMIT:
-        return Certificate(0.0, 0, f"not run: {size} elements in one tensor")
-    values = _run(todo, inputs)
-    return _compare(values[original], values[replacement])
+@dataclass(frozen=True)
+class Comparison:
+    """What a certificate runs: both sides down to the inputs that they share."""
+
+    original: fx.Node
+    replacement: fx.Node
+    nodes: tuple[fx.Node, ...]
+    """Everything that is computed, in graph order, inputs included."""
+    inputs: frozenset[fx.Node]
+
+    @classmethod
+    def of(
+        cls, original: fx.Node, replacement: fx.Node, new: Iterable[fx.Node], evaluate: Iterable[fx.Node]
+    ) -> Comparison:
+        """`new` are the nodes that were built for `replacement`, `evaluate` those whose values the match relies on."""
+        new = set(new)
+        frontier = {node for added in new for node in added.all_input_nodes if node not in new}
+        frontier.discard(original)
+        opened = _ancestors(evaluate)
+        inputs = {node for node in frontier - opened if not _is_view_of_another(node, frontier)}
+        needed = _needed(original, inputs) | _needed(replacement, inputs)
+        return cls(original, replacement, tuple(sorted(needed)), frozenset(inputs))
+
+    @property
+    def signature(self) -> str:
+        """Equal for two comparisons that compute the same, such as those of two identical layers."""
+        return signature(node for node in self.nodes if node not in self.inputs and node.op != "placeholder")
+
+    def run(self) -> Certificate:
+        if (size := max((_elements(node) for node in self.nodes), default=0)) > LIMIT:
+            return Certificate(0.0, 0, f"not run: {size} elements in one tensor")
+        values = _run(self.nodes, self.inputs)
+        return _compare(values[self.original], values[self.replacement])
 
 
 def _is_view_of_another(node: fx.Node, frontier: set[fx.Node]) -> bool:
@@ -99,7 +117,7 @@ def _elements(node: fx.Node) -> int:
     return count
 
 
-def _run(nodes: list[fx.Node], inputs: set[fx.Node]) -> dict[fx.Node, Any]:
+def _run(nodes: Iterable[fx.Node], inputs: frozenset[fx.Node]) -> dict[fx.Node, Any]:
     generator = torch.Generator().manual_seed(0)
     values: dict[fx.Node, Any] = {}
     with torch.no_grad(), torch.autocast("cpu", enabled=False):

@@ -43,6 +43,8 @@ __all__ = [
     "fake_mode_of",
     "fqn_of",
     "hand_to_inductor",
+    "inductor_modes",
+    "inductor_options",
     "inference_switch",
     "is_static_input",
     "list_mode_options",
@@ -356,6 +358,16 @@ def hand_to_inductor(
 def list_mode_options(mode: str | None) -> dict[str, Any]:
     """The inductor options that a mode of torch.compile stands for. Raises RuntimeError for an unknown mode."""
     return dict(torch._inductor.list_mode_options(mode)) if mode else {}  # 2.13
+
+
+def inductor_modes() -> tuple[str, ...]:
+    """The modes that torch.compile knows for inductor."""
+    return tuple(torch._inductor.list_mode_options())  # 2.13
+
+
+def inductor_options() -> tuple[str, ...]:
+    """The names of inductor's options."""
+    return tuple(torch._inductor.list_options())  # 2.13
 
 
 def random_ops_kept() -> bool:

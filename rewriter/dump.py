@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import fx
@@ -12,20 +13,19 @@ from .compat import emit_trace_artifact
 from .report import GraphReport, render
 
 
-def dump_graph(folder: Path | None, name: str, stage: str, gm: fx.GraphModule) -> None:
-    """Write one stage of a graph as readable code. Existing files of the same compilation are replaced."""
-    if folder is None:
-        return
-    target = folder / _slug(name)
-    target.mkdir(parents=True, exist_ok=True)
-    (target / f"{stage}.py").write_text(gm.print_readable(print_output=False) + "\n")
+def readable(gm: fx.GraphModule) -> str:
+    """A graph as code with shapes in comments."""
+    return str(gm.print_readable(print_output=False)) + "\n"
 
 
-def dump_report(folder: Path | None, report: GraphReport) -> None:
+def dump_report(folder: Path | None, report: GraphReport, stages: Mapping[str, str]) -> None:
+    """Write the report and the stages of a graph. Existing files of the same compilation are replaced."""
     if folder is None:
         return
     target = folder / _slug(report.name)
     target.mkdir(parents=True, exist_ok=True)
+    for stage, text in stages.items():
+        (target / f"{stage}.py").write_text(text)
     (target / "report.txt").write_text(render(report) + "\n")
     (target / "report.json").write_text(json.dumps(dataclasses.asdict(report), indent=2, default=str) + "\n")
 

@@ -10,7 +10,7 @@ from .report import GraphReport, render
 
 def check_expectations(report: GraphReport, expect: Mapping[str, int]) -> None:
     """Raise ExpectationFailed when a graph with attention or near misses counts less than expected."""
-    if not report.sites and not report.near_misses:
+    if not (report.sites or report.near_misses or report.failure):
         return
     short = [
         f"{name}: expected {count}, found {report.count(name)}"

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .backend import StageFailed, transform
+from .backend import StageFailed, failure_text, transform
 from .compat import compile_id
 from .options import ExpectationFailed, Options, Verify, read_options
 from .quiet import call_of, graph_breaks, quiet_compiler
@@ -98,7 +98,7 @@ class _Collector:
         try:
             _, report = transform(gm, example_inputs, self.options, {})
         except StageFailed as error:
-            failure = f"{error.stage}: {type(error.__cause__).__name__}: {error.__cause__}"
+            failure = failure_text(error)
             report = GraphReport("", len(gm.graph.nodes), (), (), (), failure=failure)
         self.graphs[identity] = dataclasses.replace(report, name=f"graph {number} [{identity}]")
         return gm.forward

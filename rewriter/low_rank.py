@@ -152,9 +152,8 @@ def _of_latent(key: _Strand, value: _Strand) -> Iterator[Piece]:
 
 def _is_latent(up: Projection, whole: Size, writes: Mutations) -> bool:
     """Where two projections are each no wider than their source, whether both together are."""
-    walk = Walk(writes, up.source, set(), given_latents=False)
-    behind = walk.origin(up.source, up.node, None)
-    return is_bottleneck(behind, up, whole, whole, walk)
+    behind = Walk(writes, up.source, set(), given_latents=False).origin(up.source, up.node, None)
+    return is_bottleneck(behind, up, whole, whole, given=False)
 
 
 def _absorbed(found: Origins) -> LowRank | None:

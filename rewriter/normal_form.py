@@ -24,7 +24,7 @@ from torch import fx
 from .compat import expr_of, statically_known_true
 from .filled_buffers import resolve_filled_buffers
 from .invariants import Contract, NormalFormError, check_normal_form
-from .mutations import Mutations, mutations
+from .mutations import Mutations, base_of, mutations, writes
 from .purity import is_needless_detach, is_pure
 from .scalars import read_scalar
 
@@ -48,8 +48,38 @@ def normalise(gm: fx.GraphModule) -> fx.GraphModule:
     _read_back_literals(gm.graph)
     _drop_identities(gm.graph)
     resolve_filled_buffers(gm)
+    _read_written_results(gm.graph)
     remove_dead_code(gm)
     return gm
+
+
+def _read_written_results(graph: fx.Graph) -> None:
+    """What reads a tensor after an operator wrote all of it in place reads that operator's result.
+
+    `s.masked_fill_(m, c); softmax(s)` then says in its data flow what it does. Inputs keep their own reads: there the
+    write is what outlives the call.
+    """
+    for write in list(graph.nodes):
+        written = write.args[0] if write.args and write.target not in _OTHER_RESULT else None
+        if not isinstance(written, fx.Node) or writes(write) != (written,):
+            continue
+        if base_of(written).op != "call_function" or not _returns_self(write):
+            continue
+        for user in list(written.users):
+            if user > write:
+                user.replace_input_with(written, write)
+
+
+_OTHER_RESULT: set[object] = {torch.ops.aten.index_copy_.default}
+"""Writes into caches, which are found by their buffer."""
+
+
+def _returns_self(write: fx.Node) -> bool:
+    """Whether the schema says that the result is the first argument itself."""
+    schema = getattr(write.target, "_schema", None)
+    if schema is None or len(schema.returns) != 1 or schema.returns[0].alias_info is None:
+        return False
+    return bool(schema.returns[0].alias_info.before_set & schema.arguments[0].alias_info.before_set)
 
 
 def _read_back_literals(graph: fx.Graph) -> None:

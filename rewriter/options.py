@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from .compat import inductor_modes, inductor_options
+
 Verify = Literal["fast", "full", "off"]
 Inner = Literal["inductor", "eager"]
 
@@ -69,6 +71,8 @@ def _names(key: str, value: Any) -> tuple[str, ...] | None:
 
     if value is None:
         return None
+    if not isinstance(value, str | list | tuple | set | frozenset):
+        raise OptionError(f"option {key!r} takes names of rewrites, not {value!r}")
     names = (value,) if isinstance(value, str) else tuple(value)
     valid = [entry.name for entry in rewrites()]
     if unknown := [name for name in names if name not in valid]:
@@ -116,12 +120,20 @@ def _folder(key: str, value: Any) -> Path | None:
 def _mode(key: str, value: Any) -> str | None:
     if value is not None and not isinstance(value, str):
         raise OptionError(f"option {key!r} takes a mode of torch.compile, not {value!r}")
+    if value is not None and value not in (modes := inductor_modes()):
+        raise OptionError(f"option {key!r} takes one of {', '.join(modes)}, not {value!r}")
     return value
 
 
 def _mapping(key: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise OptionError(f"option {key!r} takes a dictionary of inductor's options, not {value!r}")
+    valid = inductor_options()
+    for name in value:
+        if name.replace("-", "_") not in valid:
+            near = difflib.get_close_matches(name, valid, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise OptionError(f"option {key!r}: inductor has no option {name!r}{hint}")
     return dict(value)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import sympy
 from torch import fx
 
 from .axes import Axis, AxisSpace, Dim, Layout, Size, product, same_size
@@ -70,10 +72,6 @@ class Walk:
         self.tokens = tokens
         self.budget = BUDGET
         self.bases: dict[fx.Node, fx.Node] = {}
-
-    def number(self, size: Size) -> int:
-        """A size, or its example value: whether a tensor is narrow decides what pays, not what is right."""
-        return size if isinstance(size, int) or self.space.hint is None else self.space.hint(size)
 
     def base(self, node: fx.Node) -> fx.Node:
         """The node whose storage this one lies in."""
@@ -183,7 +181,7 @@ class _Branch:
         if self.walk.budget > 0 and self.depth <= DEPTH and found.source is not None:
             rest = _Branch(self.walk, self.depth + 1)
             latent = rest.run(_Place(found.source, place.node, found.layout))
-            narrow = is_bottleneck(latent, piece, piece.out_width, used, self.walk)
+            narrow = is_bottleneck(latent, piece, piece.out_width, used, self.walk.given_latents)
             if narrow or piece.per_head:
                 latent_piece = Narrow(place.node, found.source, piece.in_width, piece)
                 self.pieces.append(piece if piece.per_head else latent_piece)
@@ -308,14 +306,14 @@ def _repetitions(step: Expand | Repeat) -> Size:
     return product(size for size, repeated in zip(step.after, step.repeated(), strict=True) if repeated)
 
 
-def is_bottleneck(latent: Origin, up: Projection, expanded: Size, used: Size, walk: Walk) -> bool:
+def is_bottleneck(latent: Origin, up: Projection, expanded: Size, used: Size, given: bool) -> bool:
     """Whether the source of a projection is narrower than both what it was made from and what is made of it.
 
-    A cache of it takes the place of what it was made from; so does an input, where the walk allows that and the `used`
-    part alone is wider.
+    A cache of it takes the place of what it was made from; with `given` so does an input, if the `used` part of what is
+    made of it is wider.
     """
-    width = walk.number(up.in_width)
-    if width >= walk.number(expanded):
+    number = hints_near(up.node)
+    if not _less(up.in_width, expanded, number):
         return False
     for piece in latent:
         match piece:
@@ -323,9 +321,14 @@ def is_bottleneck(latent: Origin, up: Projection, expanded: Size, used: Size, wa
                 return True
             case Projection() | Narrow():
                 down = piece if isinstance(piece, Projection) else piece.up
-                return width < walk.number(down.in_width)
+                return _less(up.in_width, down.in_width, hints_near(down.node))
             case Opaque(node=node):
-                return walk.given_latents and node.op == "placeholder" and width < walk.number(used)
+                return given and node.op == "placeholder" and _less(up.in_width, used, number)
             case Parts():
                 return False
     return False
+
+
+def _less(a: Size, b: Size, number: Callable[[sympy.Expr], int]) -> bool:
+    """Compares symbols by their examples: whether a tensor is narrow decides what pays, not what is right."""
+    return (a if isinstance(a, int) else number(a)) < (b if isinstance(b, int) else number(b))

@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 import sympy
 from torch import fx
 
-from .certify import Certificate, certify
+from .axes import same_size
+from .certify import Certificate, Comparison
 from .emit import Emitter, Session
+from .layouts import is_tensor, shape_of
 from .masks import MaskReader
 from .mutations import Mutations, base_of
 from .options import Options
@@ -23,7 +25,6 @@ from .recognise import recognise_at
 from .registry import RewriteEntry, rewrites
 from .rules import Match, Refusal, Rewrite, Verdict
 from .sites import AttentionSite
-from .structure import signature
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,11 @@ class _Run:
         emit = Emitter.at(site, entry.name, self.session)
         try:
             new = rule.build(answer, emit)
+            if not isinstance(new, fx.Node) or not is_tensor(new):
+                raise ValueError(f"build returned {new!r}, which is no node of a tensor")
             certificate = self._certify(entry, answer, new, emit)
+            if certificate is None or certificate.holds:
+                _check_form(new, site.output)
         except Exception:
             emit.discard()
             raise
@@ -132,19 +137,28 @@ class _Run:
     def _certify(self, entry: RewriteEntry, match: Match, new: fx.Node, emit: Emitter) -> Certificate | None:
         if self.options.verify == "off" or not entry.exact:
             return None
-        added = emit.behind(new)
-        key = entry.name + signature((*match.site.region, *added), match.evaluate)
+        comparison = Comparison.of(match.site.output, new, emit.behind(new), match.evaluate)
+        key = f"{entry.name} {comparison.signature}"
         if key not in self.certificates or self.options.verify == "full":
-            self.certificates[key] = certify(match.site.output, new, added, match.evaluate)
+            self.certificates[key] = comparison.run()
         return self.certificates[key]
 
     def _written_between(self, site: AttentionSite) -> fx.Node | None:
-        """A write to what the site reads, after it is first read and before the output."""
-        operands = [term.query for term in site.terms] + [term.key for term in site.terms] + [site.value]
-        for operand in operands:
-            first_read = operand.chain[-2][0] if len(operand.chain) > 1 else site.region[0]
-            write = self.mutations.write_between(operand.root, first_read, site.output)
-            if write is not None:
+        """A write to what the site reads or computes, after it is first read and before the output.
+
+        The replacement reads everything at the output's place.
+        """
+        reads: list[tuple[fx.Node, fx.Node]] = []
+        for operand in (*(o for term in site.terms for o in (term.query, term.key)), site.value):
+            reads.append((operand.root, operand.chain[-2][0] if len(operand.chain) > 1 else site.region[0]))
+        for step in (*site.steps, *site.weight_steps):
+            reads += [(node, step.node) for node in step.node.all_input_nodes]
+        if site.call is not None and site.call.mask is not None:
+            reads.append((site.call.mask, site.anchor))
+        reads += [(node, node) for node in site.region]
+        for tensor, first in reads:
+            write = self.mutations.write_between(tensor, first, site.output)
+            if write is not None and write not in site.region:
                 return write
         return None
 
@@ -156,3 +170,13 @@ class _Run:
                 return
         self.current[index] = None
         self.taken_by[index] = entry.name
+
+
+def _check_form(new: fx.Node, output: fx.Node) -> None:
+    """Raise ValueError unless a tensor has the shape and dtype of the output in whose place it shall stand."""
+    given, wanted = new.meta["val"], output.meta["val"]
+    same = len(given.shape) == len(wanted.shape) and all(map(same_size, shape_of(new), shape_of(output)))
+    if not same or given.dtype != wanted.dtype:
+        raise ValueError(
+            f"build returned {given.dtype} {tuple(given.shape)} for an output of {wanted.dtype} {tuple(wanted.shape)}"
+        )

@@ -10,12 +10,9 @@ import torch
 from torch import fx
 
 
-def signature(nodes: Iterable[fx.Node], pinned: Iterable[fx.Node] = ()) -> str:
-    """A digest of a region: operators, constants, data flow, shapes and dtypes, without names.
-
-    `nodes` in graph order. `pinned` are inputs whose identity matters, not only their shape (a mask that was proven).
-    """
-    numbers: dict[fx.Node, str] = {node: f"!{node.name}" for node in pinned}
+def signature(nodes: Iterable[fx.Node]) -> str:
+    """A digest of a region, in graph order: operators, constants, data flow, shapes and dtypes, without names."""
+    numbers: dict[fx.Node, str] = {}
     lines: list[str] = []
 
     def name(node: fx.Node) -> str:

@@ -192,13 +192,13 @@ def test_nothing_is_certified_when_verification_is_off(register: Callable[..., N
 def certified(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the outputs that were certified."""
     names: list[str] = []
-    certify = engine.certify
+    run = engine.Comparison.run
 
-    def spy(original: fx.Node, *rest: Any) -> Any:
-        names.append(original.name)
-        return certify(original, *rest)
+    def spy(comparison: engine.Comparison) -> Any:
+        names.append(comparison.original.name)
+        return run(comparison)
 
-    monkeypatch.setattr(engine, "certify", spy)
+    monkeypatch.setattr(engine.Comparison, "run", spy)
     return names
 
 
