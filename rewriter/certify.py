@@ -64,7 +64,7 @@ class Comparison:
     @property
     def signature(self) -> str:
         """Equal for two comparisons that compute the same, such as those of two identical layers."""
-        return signature(node for node in self.nodes if node not in self.inputs and node.op != "placeholder")
+        return signature((self.original, self.replacement), self.inputs)
 
     def run(self) -> Certificate:
         if (size := max((_elements(node) for node in self.nodes), default=0)) > LIMIT:

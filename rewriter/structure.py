@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
 
-def signature(nodes: Iterable[fx.Node]) -> str:
-    """A digest of a region, in graph order: operators, constants, data flow, shapes and dtypes, without names."""
+def signature(results: Iterable[fx.Node], inputs: Collection[fx.Node]) -> str:
+    """A digest of what `results` compute from `inputs`: operators, constants, data flow, shapes and dtypes.
+
+    Names and the order of independent nodes do not matter: operands come before what reads them, in argument order.
+    """
     numbers: dict[fx.Node, str] = {}
     lines: list[str] = []
-
-    def name(node: fx.Node) -> str:
-        if node not in numbers:
-            numbers[node] = f"%{len(numbers)}"
-            lines.append(f"{numbers[node]} : {_type(node)}")
-        return numbers[node]
-
-    for node in nodes:
-        args = _text((node.args, node.kwargs), name)
-        numbers.setdefault(node, f"%{len(numbers)}")
-        lines.append(f"{numbers[node]} = {node.target}{args} : {_type(node)}")
+    pending = list(results)[::-1]
+    while pending:
+        node = pending[-1]
+        given = node in inputs or node.op == "placeholder"
+        waiting = [] if given else [n for n in node.all_input_nodes if n not in numbers]
+        if node in numbers or not waiting:
+            pending.pop()
+            if node not in numbers:
+                numbers[node] = f"%{len(numbers)}"
+                made = "given" if given else f"{node.target}{_text((node.args, node.kwargs), numbers)}"
+                lines.append(f"{numbers[node]} = {made} : {_type(node)}")
+        else:
+            pending.extend(reversed(waiting))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
@@ -35,11 +40,11 @@ def _type(node: fx.Node) -> str:
     return type(value).__name__ if not isinstance(value, int | float) else repr(value)
 
 
-def _text(value: Any, name: Any) -> str:
+def _text(value: Any, numbers: Mapping[fx.Node, str]) -> str:
     if isinstance(value, fx.Node):
-        return str(name(value))
+        return numbers[value]
     if isinstance(value, list | tuple):
-        return "(" + ", ".join(_text(v, name) for v in value) + ")"
+        return "(" + ", ".join(_text(v, numbers) for v in value) + ")"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{k}={_text(v, name)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{k}={_text(v, numbers)}" for k, v in value.items()) + "}"
     return repr(value)
