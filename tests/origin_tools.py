@@ -53,7 +53,8 @@ def sites(function: Callable[..., Any], *args: Any, dynamic: bool | None = None,
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1) @ value
+    scores: Tensor = query @ key.transpose(-1, -2) * D**-0.5
+    return scores.softmax(-1) @ value
 
 
 def heads(*sizes: int) -> Tensor:
@@ -88,7 +89,7 @@ def _short(piece: Piece) -> str:
         case Cast(dtype=dtype):
             return str(dtype).removeprefix("torch.")
         case ScaleBy(number=number):
-            return f"scale({number})"
+            return f"scale({number if number is None else format(number, '.6g')})"
         case Rope():
             return f"rope({piece.form} {piece.width}{f' at {piece.position}' if piece.partial else ''})"
         case Norm():
