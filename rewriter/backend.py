@@ -21,6 +21,7 @@ from .compat import DYNAMO_CONTROL_FLOW, compile_id, hand_to_inductor, list_mode
 from .dump import dump_report, readable, trace_artifacts
 from .expect import check_expectations
 from .lower import lower
+from .mutations import Mutations
 from .normal_form import Contract, check_normal_form, normalise, remove_dead_code
 from .opening import decompositions
 from .options import ExpectationFailed, OptionError, Options, read_options
@@ -102,7 +103,8 @@ def transform(
     texts = {"captured": readable(normal)} if options.dump else {}
     with stage("recognise", seconds):
         found = recognise(normal.graph)
-        sites = tuple(report_site(i, site) for i, site in enumerate(found.sites))
+        writes = Mutations.of(normal.graph)
+        sites = tuple(report_site(i, site, writes) for i, site in enumerate(found.sites))
         misses = tuple(report_miss(miss) for miss in found.misses)
     with stage("rewrite", seconds):
         done = rewrite_graph(normal.graph, found.sites, options, size_hints(normal.graph.nodes))

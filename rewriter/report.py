@@ -11,6 +11,8 @@ from typing import Any
 
 from .describe import Shape, equation, shape
 from .masks_of_site import describe_masks
+from .mutations import Mutations
+from .origin_text import describe_origins
 from .provenance import module_path, source_line
 from .report_text import render, render_report
 from .rules import Verdict
@@ -30,6 +32,8 @@ class SiteReport:
     equation: str
     mask: str
     shape: Shape
+    origins: tuple[str, ...] = ()
+    """Where query, key and value come from, a line each."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ class Report:
         return render_report(self)
 
 
-def report_site(index: int, site: AttentionSite) -> SiteReport:
+def report_site(index: int, site: AttentionSite, writes: Mutations) -> SiteReport:
     return SiteReport(
         index,
         module_path(site.anchor),
@@ -145,6 +149,7 @@ def report_site(index: int, site: AttentionSite) -> SiteReport:
         equation(site),
         describe_masks(site),
         shape(site),
+        tuple(describe_origins(site, writes).values()),
     )
 
 

@@ -65,11 +65,12 @@ def _sections(graph: GraphReport) -> Iterator[tuple[str, list[Block]]]:
 
 
 def _sites(sites: Sequence[SiteReport]) -> Iterator[Block]:
-    groups = grouped(sites, lambda s: (s.equation, s.line, s.spelling, s.mask, s.shape))
+    groups = grouped(sites, lambda s: (s.equation, s.line, s.spelling, s.mask, s.shape, s.origins))
     places = [collapse([site.path for site in same]) or "the model itself" for same in groups]
     width = max(map(len, places), default=0)
     for place, (site, *_) in zip(places, groups, strict=True):
-        yield f"{place:<{width}}   {site.line}", f"  {site.equation}", f"  {_shape(site)}"
+        origins = [line for origin in site.origins for line in _hanging("  ", origin)]
+        yield f"{place:<{width}}   {site.line}", f"  {site.equation}", f"  {_shape(site)}", *origins
 
 
 def _shape(site: SiteReport) -> str:
