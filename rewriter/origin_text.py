@@ -89,7 +89,8 @@ def _projection(piece: Projection, site: AttentionSite) -> str:
     outer = {*site.axes.heads, *site.axes.groups}
     heads = product(axis.size for axis in piece.axes if axis in outer)
     width = product(axis.size for axis in piece.axes if axis not in outer)
-    split = f" ({heads} heads × {width})" if heads != 1 and heads * width == piece.out_width else ""
+    by_head = bool(piece.axes) and piece.axes[0] in outer and heads * width == piece.out_width
+    split = f" ({heads} heads × {width})" if heads != 1 and by_head else ""
     each = " for each head" if piece.per_head else ""
     return f"{_name(piece.parameter)} {piece.in_width}→{piece.out_width}{each}{split}"
 
