@@ -27,6 +27,8 @@ _DIV = {aten.div.Tensor, aten.div.Scalar, aten.div_.Tensor, aten.div_.Scalar, at
 _ADD = {aten.add.Tensor, aten.add.Scalar, aten.add_.Tensor}
 _CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default}
 _DROPOUT = {aten.dropout.default, aten.dropout_.default}
+
+
 # ** projections **
 
 
@@ -42,7 +44,7 @@ def projection(node: fx.Node, reading: Reading) -> Found | None:
 
 def _without_bias(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     """x of x + b where b is a weight of one dimension."""
-    if node.target in _ADD and len(node.args) == 2:
+    if node.target in _ADD and len(node.args) == 2 and not node.kwargs:
         for one, other in ((node.args[0], node.args[1]), (node.args[1], node.args[0])):
             vector = is_tensor(other) and len(shape_of(other)) <= 1  # type: ignore[arg-type]
             if vector and is_tensor(one) and weight_origin(other) is not None:  # type: ignore[arg-type]
@@ -52,6 +54,8 @@ def _without_bias(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
 
 def _projection(node: fx.Node, found: Contraction, bias: fx.Node | None, reading: Reading) -> Found | None:
     if read_scalar(found.alpha) != 1.0 or (found.addend is not None and read_scalar(found.beta) != 1.0):
+        return None
+    if bias is not None and found.addend is not None:
         return None
     for data, data_labels, weight, labels in _roles(found, reading):
         origin = weight_origin(weight)
