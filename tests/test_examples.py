@@ -53,7 +53,7 @@ def test_python_of_the_readme_runs():
 
 
 def test_the_rewrite_in_the_readme_is_the_examples():
-    shown = re.search(r'```py\n(@latent.rewrite\(.*?)```', README, re.S)[1]
+    shown = re.search(r"```py\n(@latent.rewrite\(.*?)```", README, re.S)[1]
     assert shown.strip() in (ROOT / "examples" / "write_a_rewrite.py").read_text()
 
 

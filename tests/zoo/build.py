@@ -19,7 +19,7 @@ MATRIX_NOISE = 0.25
 VECTOR_NOISE = 0.1
 
 
-class CannotBuild(Exception):  # noqa: N818 - it is an answer, not a fault
+class CannotBuild(Exception):
     """A model type that cannot be built or run here; the message is the reason."""
 
 
