@@ -1,7 +1,7 @@
 """latent: finds every attention in a PyTorch model, proves what it does, and rewrites it.
 
-    torch.compile(model, backend="latent")         # or model.compile(backend="latent") for anything that generates
-    print(latent.explain(model)(*args, **kwargs))  # look, change nothing
+torch.compile(model, backend="latent")         # or model.compile(backend="latent") for anything that generates
+print(latent.explain(model)(*args, **kwargs))  # look, change nothing
 """
 
 from importlib import import_module

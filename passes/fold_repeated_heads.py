@@ -31,8 +31,6 @@ class FoldRepeatedHeads:
             return Refusal("no key or value head is repeated", site.key.node)
         if repeated != set(site.axes.groups):
             return Refusal("some of the heads that share keys are repeated and some are not", site.key.node)
-        if not site.axes.heads:
-            return Refusal("every key is repeated over the batch, which is no group of heads", site.key.node)
         roots = site.space.axes(site.key.chain[-1][1], site.value.chain[-1][1])
         if roots & repeated:
             return Refusal("only the keys or only the values are repeated", site.key.node)

@@ -251,7 +251,7 @@ def _sizes(node: fx.Node, factor: int) -> Callable[[object], int]:
 
 
 def function_of(factor: fx.Node) -> str | None:
-    """"cos" or "sin" where a factor is seen to be one, through layouts, parts, joins, gathers and scales."""
+    """ "cos" or "sin" where a factor is seen to be one, through layouts, parts, joins, gathers and scales."""
     for _ in range(16):
         factor = _bare(factor, parts=True)
         if factor.target in (aten.cos.default, aten.sin.default):
@@ -276,5 +276,3 @@ def _bare(node: fx.Node, parts: bool = False) -> fx.Node:
             node = node.args[0]  # type: ignore[assignment]
         else:
             return node
-
-

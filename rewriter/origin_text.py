@@ -1,6 +1,6 @@
 """Where a site's tensors come from, in one line each.
 
-    k ← cache(static, dim 2) ← rope(half, 64) ← linear k_proj 576→192 (3 heads × 64)
+k ← cache(static, dim 2) ← rope(half, 64) ← linear k_proj 576→192 (3 heads × 64)
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ KINDS: dict[str, str] = {
     "score_step": "(node, scores) -> ScoreStep | None: what `node` does to the scores it reads",
     "weight_step": "(node, weights) -> WeightStep | None: what `node` does to the attention weights it reads",
     "call": "node -> AttentionCall | None: an operator that is attention by contract",
-    "producer": "node -> Producer | None: a piece of what makes q, k or v (projection, norm, rope, cache)",
+    "producer": "(node, reading) -> Found | None: a piece of what makes q, k or v (projection, norm, rope, cache)",
     "closed_op": "() -> dict[OpOverload, function]: operators opened into plain ATen while the graph is captured",
 }
 

@@ -53,13 +53,18 @@ def roles_of(
     single = [axis for axis in order if axis not in indexed]
     masked = space.axes(*(space.resolve_layout(s.layout) for s in steps if isinstance(s, Bias | Fill) and s.layout))
     free = [axis for axis in single if _sits_in_rows(axis, scores, query_layouts)]
-    queries = [axis for axis in free if axis in masked] or free or single[-1:]
+    told_apart = [axis for axis in single if axis in masked]
+    if len(told_apart) == len(single):
+        told_apart = []
+    queries = told_apart or free or single[-1:]
     repeated = [axis for axis in order if axis in indexed and axis not in roots]
     shared = [axis for axis in order if axis in indexed and axis not in repeated]
     groups = [axis for axis in order if axis in repeated or (axis in single and axis not in queries)]
+    # With one shared axis and heads that share it, it is the batch, and there is one key head.
+    alone = len(shared) == 1 and bool(groups)
     return SiteAxes(
-        batch=tuple(shared[:-1]),
-        heads=tuple(shared[-1:]),
+        batch=tuple(shared if alone else shared[:-1]),
+        heads=() if alone else tuple(shared[-1:]),
         groups=tuple(groups),
         queries=tuple(queries),
         keys=keys,
