@@ -12,7 +12,7 @@ from ..rewriter.axes import same_size
 from ..rewriter.compat import source_name
 from ..rewriter.layouts import Part, is_cast, is_tensor, layout_step, shape_of
 from ..rewriter.mutations import base_of
-from ..rewriter.origins import CacheKind, CacheRead, Found, Reading
+from ..rewriter.origins.pieces import CacheKind, CacheRead, Found, Reading
 from ..rewriter.registry import pattern
 
 aten = torch.ops.aten

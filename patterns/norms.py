@@ -11,7 +11,7 @@ from torch import fx
 
 from ..rewriter.axes import product
 from ..rewriter.layouts import Expand, Identity, View, is_cast, is_tensor, layout_step, shape_of
-from ..rewriter.origins import Found, Norm, Reading
+from ..rewriter.origins.pieces import Found, Norm, Reading
 from ..rewriter.registry import pattern
 from ..rewriter.scalars import read_scalar
 from .weights import is_number, uncast, weight_origin

@@ -21,7 +21,7 @@ from torch import fx
 from ..rewriter.axes import same_size
 from ..rewriter.compat import expr_of, size_hints
 from ..rewriter.layouts import Part, Permute, View, is_cast, is_tensor, layout_step, shape_of
-from ..rewriter.origins import RopeForm
+from ..rewriter.origins.pieces import RopeForm
 
 __all__ = ["function_of", "rotation_form"]
 

@@ -12,7 +12,7 @@ from torch import fx
 from ..rewriter.axes import AxisSpace, Dim, Layout, product, same_size
 from ..rewriter.contractions import Contraction, Labels, contraction
 from ..rewriter.layouts import Permute, is_cast, is_tensor, layout_step, shape_of
-from ..rewriter.origins import Found, Projection, Reading, ScaleBy, Slice
+from ..rewriter.origins.pieces import Found, Projection, Reading, ScaleBy, Slice
 from ..rewriter.registry import pattern
 from ..rewriter.scalars import read_scalar
 from . import caches, norms, rotations

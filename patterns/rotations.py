@@ -11,8 +11,8 @@ from torch import fx
 from ..rewriter.axes import same_size
 from ..rewriter.contractions import contraction
 from ..rewriter.layouts import Part, View, is_cast, is_tensor, layout_step, shape_of
-from ..rewriter.origin_walk import DEPTH, find_producer
-from ..rewriter.origins import Found, Reading, Rope
+from ..rewriter.origins.pieces import Found, Reading, Rope
+from ..rewriter.origins.walk import DEPTH, find_producer
 from ..rewriter.registry import pattern
 from .pairs import function_of, rotation_form
 from .weights import uncast

@@ -8,8 +8,8 @@ from torch import fx
 
 from .axes import Dim, Layout
 from .layouts import is_tensor
-from .mask_terms import MaskProof, Opaque
-from .masks import Form, MaskReader
+from .masks.prove import Form, MaskReader
+from .masks.terms import MaskProof, Opaque
 from .sites import AttentionSite, Bias, Fill
 
 

@@ -20,7 +20,7 @@ from .axes import AxisSpace
 from .call_sites import call_site
 from .contractions import contraction
 from .layouts import is_tensor, shape_of
-from .masks import MaskReader
+from .masks.prove import MaskReader
 from .masks_of_site import prove_masks
 from .registry import patterns
 from .sites import AttentionSite, Miss, Recognition, Scale, Sink, SoftmaxSpelling

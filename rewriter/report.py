@@ -12,7 +12,7 @@ from typing import Any
 from .describe import Shape, equation, shape
 from .masks_of_site import describe_masks
 from .mutations import Mutations
-from .origin_text import describe_origins
+from .origins.text import describe_origins
 from .provenance import module_path, source_line
 from .report_text import render, render_report
 from .rules import Verdict

@@ -17,7 +17,7 @@ from .axes import same_size
 from .certify import Certificate, Comparison
 from .emit import Emitter, Session
 from .layouts import is_tensor, shape_of
-from .masks import MaskReader
+from .masks.prove import MaskReader
 from .mutations import Mutations, base_of
 from .options import Options
 from .provenance import source_line

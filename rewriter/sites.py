@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from .axes import Axis, AxisSpace, Dim, Layout, Size
-from .mask_terms import MaskProof
+from .masks.terms import MaskProof
 
 
 @dataclass(frozen=True)

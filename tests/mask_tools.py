@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from latent.rewriter.mask_terms import batch_index
-from latent.rewriter.masks import Form, MaskProof, materialise, prove_mask
+from latent.rewriter.masks.prove import Form, MaskProof, materialise, prove_mask
+from latent.rewriter.masks.terms import batch_index
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx

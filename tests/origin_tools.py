@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from latent.rewriter.capture import capture
 from latent.rewriter.normal_form import normalise
-from latent.rewriter.origins import (
+from latent.rewriter.origins.pieces import (
     CacheRead,
     Cast,
     Narrow,

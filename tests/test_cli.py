@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from latent.rewriter.cli import app
-from latent.rewriter.targets import HFChoices, TargetError, load_target
+from latent.rewriter.command.cli import app
+from latent.rewriter.command.targets import HFChoices, TargetError, load_target
 from typer.testing import CliRunner
 
 FACTORIES = """
@@ -241,7 +241,7 @@ def test_env():
 
 def test_help_does_not_import_torch():
     code = (
-        "import sys; from latent.rewriter.cli import app\n"
+        "import sys; from latent.rewriter.command.cli import app\n"
         "try: app(['--help'])\n"
         "except SystemExit as done: assert not done.code\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)"

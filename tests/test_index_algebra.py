@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import sympy
 import torch
-from latent.rewriter.index_algebra import IndexReader
-from latent.rewriter.index_values import And, Bool, Compare, Const, Not, Or, Truth, Value, Where
+from latent.rewriter.masks.index_algebra import IndexReader
+from latent.rewriter.masks.index_values import And, Bool, Compare, Const, Not, Or, Truth, Value, Where
 from mask_tools import trace
 from torch import fx
 

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from latent.rewriter.low_rank import LowRank, MLAForm, low_rank
+from latent.rewriter.origins.low_rank import LowRank, MLAForm, low_rank
 from origin_tools import attend, sites, text
 from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
 from corpus import ALL
-from latent.rewriter.origins import origins
+from latent.rewriter.origins.pieces import origins
 from latent.rewriter.sites import AttentionSite
 from origin_models import corpus_sites, sites_of
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from latent.rewriter.capture import capture
-from latent.rewriter.masks import Causal, Form, MaskProof, MaskReader, Padding
+from latent.rewriter.masks.prove import Causal, Form, MaskProof, MaskReader, Padding
 from mask_tools import Seen, visible
 from torch import fx
 

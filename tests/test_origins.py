@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from latent.rewriter.mutations import mutations
-from latent.rewriter.origin_text import describe_origins
-from latent.rewriter.origins import CacheRead, Narrow, Opaque, Origin, Projection, Rope, origins
+from latent.rewriter.origins.pieces import CacheRead, Narrow, Opaque, Origin, Projection, Rope, origins
+from latent.rewriter.origins.text import describe_origins
 from latent.rewriter.recognise import recognise
 from latent.rewriter.sites import AttentionSite
 from origin_tools import attend, sites, text

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from latent.rewriter.origins import CacheRead, Found, ScaleBy
+from latent.rewriter.origins.pieces import CacheRead, Found, ScaleBy
 from latent.rewriter.registry import _patterns, pattern
 from origin_tools import B, D, H, S, heads, key_of, origins_of, text
 from torch import Tensor, nn

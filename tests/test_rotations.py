@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from latent.rewriter.origins import Rope
+from latent.rewriter.origins.pieces import Rope
 from origin_tools import D, S, heads, key_of, origins_of
 from torch import Tensor
 

@@ -91,8 +91,8 @@ def explain(
         with progress("importing torch"):
             import torch
 
-            from .explain import explain as look
-            from .options import read_options
+            from ..explain import explain as look
+            from ..options import read_options
             from .targets import HFChoices, load_target
 
             read_options({"rewrites": rewrite or None, "expect": counts})
@@ -133,7 +133,7 @@ def demo(
 def rewrites(as_json: Json = False) -> None:
     """List the rewrites in the order in which they run."""
     with _errors():
-        from .registry import rewrites as registered
+        from ..registry import rewrites as registered
 
         entries = registered()
     kinds = {True: "exact", False: "lossy"}

@@ -11,8 +11,8 @@ from .index_algebra import IndexReader
 from .index_bounds import Ranges
 from .index_call import shape_of
 from .index_values import Load
-from .mask_logic import AtLeast, Clause, Equal, Literal, Loaded, Unclear
-from .mask_terms import (
+from .logic import AtLeast, Clause, Equal, Literal, Loaded, Unclear
+from .terms import (
     BlockDiagonal,
     Causal,
     Chunk,

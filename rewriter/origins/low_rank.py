@@ -14,11 +14,11 @@ from enum import Enum
 
 from torch import fx
 
-from .axes import Size
-from .layouts import Identity, Permute, View, is_cast, layout_step
-from .mutations import Mutations, mutations
-from .origin_walk import Walk, is_bottleneck
-from .origins import (
+from ..axes import Size
+from ..layouts import Identity, Permute, View, is_cast, layout_step
+from ..mutations import Mutations, mutations
+from ..sites import AttentionSite
+from .pieces import (
     CacheRead,
     Cast,
     Narrow,
@@ -32,7 +32,7 @@ from .origins import (
     Slice,
     origins,
 )
-from .sites import AttentionSite
+from .walk import Walk, is_bottleneck
 
 __all__ = ["LowRank", "MLAForm", "low_rank"]
 

@@ -13,6 +13,7 @@ from typing import Literal
 import sympy
 from torch import fx
 
+from .clauses import Naming, term_of
 from .index_algebra import IndexReader
 from .index_numbers import as_float
 from .index_values import (
@@ -30,10 +31,9 @@ from .index_values import (
     is_bool,
     negation,
 )
-from .mask_clauses import Naming, term_of
-from .mask_logic import AtLeast, Clause, TooComplexError, clauses
-from .mask_materialise import materialise
-from .mask_terms import (
+from .logic import AtLeast, Clause, TooComplexError, clauses
+from .materialise import materialise
+from .terms import (
     BlockDiagonal,
     Causal,
     Chunk,

@@ -17,10 +17,10 @@ from typing import Literal, overload
 import torch
 from torch import fx
 
-from .axes import Dim, Layout, Size
-from .compat import source_name
-from .mutations import Mutations, mutations
-from .sites import AttentionSite, Operand
+from ..axes import Dim, Layout, Size
+from ..compat import source_name
+from ..mutations import Mutations, mutations
+from ..sites import AttentionSite, Operand
 
 __all__ = [
     "CacheRead",
@@ -292,7 +292,7 @@ def origin(
 
     `tokens` are the axes of its tokens; `given_latents`: an input of the graph may be a latent.
     """
-    from .origin_walk import Walk
+    from .walk import Walk
 
     region = set(site.region) if site is not None else set(operand.node.users)
     readers = [user for user in operand.node.users if user in region]

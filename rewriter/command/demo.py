@@ -34,8 +34,8 @@ def run_demo(tokens: int, attention: str, folder: str | None = None) -> bool:
     with progress("importing torch and transformers"):
         import torch
 
-        from .explain import explain
-        from .history import reports
+        from ..explain import explain
+        from ..history import reports
         from .huggingface import import_transformers
 
         transformers = import_transformers()

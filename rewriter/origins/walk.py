@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 import sympy
 from torch import fx
 
-from .axes import Axis, AxisSpace, Dim, Layout, Size, product, same_size
-from .layouts import Expand, Part, Repeat, Step, is_cast, is_tensor, layout_step, shape_of
-from .mutations import Mutations, base_of
-from .origins import Along, CacheRead, Cast, Found, Narrow, Opaque, Origin, Parts, Piece, Projection, Reading, Slice
-from .origins import Repeat as RepeatPiece
-from .registry import patterns
-from .sizes import hints_near
+from ..axes import Axis, AxisSpace, Dim, Layout, Size, product, same_size
+from ..layouts import Expand, Part, Repeat, Step, is_cast, is_tensor, layout_step, shape_of
+from ..mutations import Mutations, base_of
+from ..registry import patterns
+from ..sizes import hints_near
+from .pieces import Along, CacheRead, Cast, Found, Narrow, Opaque, Origin, Parts, Piece, Projection, Reading, Slice
+from .pieces import Repeat as RepeatPiece
 
 __all__ = ["DEPTH", "Walk", "find_producer", "is_bottleneck"]
 

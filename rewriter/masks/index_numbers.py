@@ -10,7 +10,7 @@ import sympy
 import torch
 from torch import fx
 
-from .compat import expr_of
+from ..compat import expr_of
 from .index_bounds import Ranges, plain
 from .index_values import Load, Number, UnreadError, Value, Where, apply, as_number, compare, is_bool
 

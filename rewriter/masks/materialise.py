@@ -11,7 +11,7 @@ from torch import fx
 
 from .index_bounds import plain
 from .index_values import Load
-from .mask_terms import (
+from .terms import (
     BlockDiagonal,
     Causal,
     Chunk,

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from torch import fx
 
-from .axes import product
-from .compat import source_name
-from .mutations import Mutations
-from .origins import (
+from ..axes import product
+from ..compat import source_name
+from ..mutations import Mutations
+from ..provenance import attribute_path
+from ..sites import AttentionSite
+from .pieces import (
     CacheRead,
     Cast,
     Narrow,
@@ -26,8 +28,6 @@ from .origins import (
     Slice,
     origins,
 )
-from .provenance import attribute_path
-from .sites import AttentionSite
 
 __all__ = ["describe_origins"]
 

@@ -1,0 +1,1 @@
+"""Proofs about masks: index algebra, clauses, terms."""

@@ -1,0 +1,1 @@
+"""Where query, key and value come from."""
