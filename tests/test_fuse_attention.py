@@ -1,0 +1,69 @@
+"""softmax(scale · q kᵀ + mask) v  ->  attention(q, k, v, mask, scale), and every reason not to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rewrite_tools import outcome
+from torch import Tensor
+
+B, H, S, T, D, E = 2, 3, 5, 7, 4, 6
+
+
+def qkv() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((B, H, S, D), (B, H, T, D), (B, H, T, E))
+    return tuple(torch.randn(shape, generator=generator) for shape in shapes)  # type: ignore[return-value]
+
+
+def plain(query_BHSD: Tensor, key_BHTD: Tensor, value_BHTE: Tensor) -> Tensor:
+    return (query_BHSD @ key_BHTD.mT * 0.3).softmax(-1) @ value_BHTE
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_plain_attention_is_fused_and_certified(dynamic: bool) -> None:
+    found = outcome("fuse_attention", plain, *qkv(), dynamic=dynamic)
+    assert found.verdict.outcome == "applied"
+    assert found.verdict.error is not None and found.verdict.error < 1e-9
+    assert found.error < 1e-5
+
+
+def test_mild_fill_gives_hidden_rows_the_mean_of_the_values() -> None:
+    """-1e4 is added to nothing: it takes the place of the score, so a hidden row is uniform."""
+    hide_ST = torch.zeros(S, T, dtype=torch.bool)
+    hide_ST[2] = True
+
+    def filled(query: Tensor, key: Tensor, value: Tensor, hide: Tensor) -> Tensor:
+        return (query @ key.mT).masked_fill(hide, -1e4).softmax(-1) @ value
+
+    found = outcome("fuse_attention", filled, *qkv(), hide_ST)
+    assert found.verdict.outcome == "applied" and found.error < 1e-5
+
+
+def test_two_products_are_one_of_twice_the_width() -> None:
+    def absorbed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return (query @ key.mT * 0.5 + query.flip(-1) @ (key * key).mT * 0.25).softmax(-1) @ value
+
+    found = outcome("fuse_attention", absorbed, *qkv())
+    assert found.verdict.outcome == "applied" and found.error < 1e-5
+
+
+REFUSED = {
+    "soft-capped": lambda q, k, v: (torch.tanh(q @ k.mT / 5) * 5).softmax(-1) @ v,
+    "sinks": lambda q, k, v: F.pad(q @ k.mT, (0, 1)).softmax(-1)[..., :-1] @ v,
+    "read by something else": lambda q, k, v: (w := (q @ k.mT).softmax(-1)) @ v + w.sum(),
+    "dropout of the weights is active": lambda q, k, v: F.dropout((q @ k.mT).softmax(-1), 0.5, True) @ v,
+    "multiplied by a tensor after the softmax": lambda q, k, v: ((q @ k.mT).softmax(-1) * k[:, :, :1, :1]) @ v,
+    "one fused call already": lambda q, k, v: F.scaled_dot_product_attention(q, k, v),
+    "added to the row sums": lambda q, k, v: (e := (q @ k.mT).exp()) / (e.sum(-1, keepdim=True) + 1e-6) @ v,
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_is_refused_says_why(reason: str) -> None:
+    torch.manual_seed(0)
+    found = outcome("fuse_attention", REFUSED[reason], *qkv())
+    assert found.verdict.outcome == "refused"
+    assert reason in found.verdict.reason
+    assert found.verdict.line.startswith("test_fuse_attention.py:")

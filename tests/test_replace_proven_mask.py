@@ -1,0 +1,65 @@
+"""A proven causal mask becomes a flag; one that differs from causal in anything stays a tensor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rewrite_tools import outcome
+from torch import Tensor
+
+S, D = 6, 4
+
+
+def qkv(keys: int = S) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(2, 3, n, D, generator=generator) for n in (S, keys, keys))  # type: ignore[return-value]
+
+
+def masked(query: Tensor, key: Tensor, value: Tensor, visible_ST: Tensor) -> Tensor:
+    return (query @ key.mT).masked_fill(~visible_ST, float("-inf")).softmax(-1) @ value
+
+
+CAUSAL = {
+    "tril": lambda S, T: torch.ones(S, T, dtype=torch.bool).tril(),
+    "triu": lambda S, T: ~torch.ones(S, T, dtype=torch.bool).triu(1),
+    "arange": lambda S, T: torch.arange(T)[None, :] <= torch.arange(S)[:, None],
+    "window as wide as the keys": lambda S, T: (
+        (torch.arange(T) <= torch.arange(S)[:, None]) & (torch.arange(T) > torch.arange(S)[:, None] - T)
+    ),
+}
+NOT_CAUSAL = {
+    "one above the diagonal": lambda S, T: torch.ones(S, T, dtype=torch.bool).tril(1),
+    "reversed": lambda S, T: torch.arange(T)[None, :] >= torch.arange(S)[:, None],
+    "a window": lambda S, T: (
+        (torch.arange(T) <= torch.arange(S)[:, None]) & (torch.arange(T) > torch.arange(S)[:, None] - 3)
+    ),
+    "one entry more": lambda S, T: (
+        torch.ones(S, T, dtype=torch.bool).tril() | ((torch.arange(S)[:, None] == 1) & (torch.arange(T) == 4))
+    ),
+}
+
+
+@pytest.mark.parametrize("keys", [S, S + 3], ids=["square", "more keys"])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_causal_in_every_spelling_costs_no_tensor(name: str, keys: int) -> None:
+    found = outcome("replace_proven_mask", lambda q, k, v: masked(q, k, v, CAUSAL[name](S, keys)), *qkv(keys))
+    assert (found.verdict.outcome, found.mask) == ("applied", "causal")
+    assert found.error < 1e-5
+
+
+@pytest.mark.parametrize("name", NOT_CAUSAL)
+def test_what_is_not_causal_keeps_its_mask(name: str) -> None:
+    found = outcome("replace_proven_mask", lambda q, k, v: masked(q, k, v, NOT_CAUSAL[name](S, S)), *qkv())
+    assert found.verdict.outcome == "refused"
+    assert found.error < 1e-5
+
+
+def test_a_mask_that_is_an_input_is_never_assumed() -> None:
+    causal = torch.ones(S, S, dtype=torch.bool).tril()
+    found = outcome("replace_proven_mask", masked, *qkv(), causal)
+    assert found.verdict.outcome == "refused" and "not proven" in found.verdict.reason
+
+
+def test_a_mask_that_hides_nothing_is_dropped() -> None:
+    found = outcome("replace_proven_mask", lambda q, k, v: masked(q, k, v, torch.arange(S)[None] >= 0), *qkv())
+    assert found.verdict.outcome == "applied" and found.error < 1e-5
