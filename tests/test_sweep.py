@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from zoo.build import causal_lm_types
-from zoo.sweep import Row, summary, sweep
+from latent.rewriter import history
+from zoo.build import CannotBuild, causal_lm_types
+from zoo.named import named
+from zoo.sweep import Row, compare, summary, sweep
 
-QUICK = ("mistral", "gemma2", "gpt_neox", "bloom", "falcon", "deepseek_v3", "gpt_oss", "openai-gpt", "xlnet", "whisper")
+QUICK = ("mistral", "qwen3_next", "jamba", "openai-gpt", "xlnet", "prophetnet", "deepseek_v4", "diffllama")
 RECALL = 0.98
 
 
@@ -17,9 +19,25 @@ def test_every_attention_of_a_type_is_found_and_right(model_type: str) -> None:
     assert row.perfect, str(row)
 
 
-def test_routers_are_no_attention() -> None:
+@pytest.mark.parametrize("name", [entry.name for entry in named()])
+@pytest.mark.parametrize("attn", ["eager", pytest.param("sdpa", marks=pytest.mark.slow)])
+def test_named_architectures(name: str, attn: str) -> None:
+    """The architectures that other matchers are measured on, encoders, and models written by hand."""
+    (entry,) = named([name])
+    torch._dynamo.reset()
+    history.forget()
+    try:
+        built = entry.build(attn=attn)
+    except CannotBuild as reason:
+        pytest.skip(str(reason))
+    row = compare(name, built, torch.float32, None)
+    assert row.perfect and row.found == entry.expected(built), str(row)
+
+
+def test_routers_are_refused_with_a_reason() -> None:
     (row,) = sweep(["gpt_oss"], "eager", torch.float32, None)
     assert row.found == row.expected == 2
+    assert any("never multiplied with values" in reason for reason in row.reasons), row.reasons
 
 
 @pytest.mark.slow
