@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint sweep clean
+.PHONY: setup demo test lint sweep slow clean
 
 setup: $(VENV)/.ready
 
@@ -29,8 +29,12 @@ lint: setup
 	mkdir -p build/lint && ln -sfn ../.. build/lint/latent
 	MYPYPATH=build/lint $(BIN)/mypy -m latent -p latent.rewriter -p latent.passes -p latent.patterns -p latent.kernels
 
-# The long run over every causal language model type of transformers.
+# The long run over every causal language model type of transformers, with a table at the end (about 15 minutes).
 sweep: setup
+	cd tests && HF_HUB_OFFLINE=1 ../$(BIN)/python -m zoo.sweep
+
+# Every test that takes long: all spellings with dynamic shapes, the whole product of caches and shapes, real weights.
+slow: $(VENV)/.weights
 	$(BIN)/python -m pytest -q -ra -m slow
 
 clean:
