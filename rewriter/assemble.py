@@ -9,7 +9,9 @@ from torch import fx
 from .axes import Axis, AxisSpace, Dim, Layout
 from .layouts import is_cast, layout_step, shape_of
 from .nodes import args_of
+from .purity import is_pure
 from .roles import peel, resolved, roles_of
+from .scalars import read_scalar
 from .sites import (
     AttentionSite,
     Bias,
@@ -246,10 +248,11 @@ def _weight_steps(
 ) -> tuple[WeightStep, ...]:
     """The steps after the softmax. Raises Refused when they make the weights something else than attention."""
     found: list[WeightStep] = []
-    masks = {root_of(step.condition) for step in steps if isinstance(step, Fill)}
+    masks = [root_of(step.condition) for step in steps if isinstance(step, Fill)]
     for step in values.steps:
         if isinstance(step, Rehidden):
-            if step.value != 0.0 or root_of(step.condition) not in masks:
+            again = root_of(step.condition)
+            if step.value != 0.0 or not any(_computes_the_same(again, mask) for mask in masks):
                 raise Refused(
                     "the weights are masked after the softmax, with another mask than before it", step.node, 2
                 )
@@ -261,6 +264,19 @@ def _weight_steps(
     if spelling.inexact is not None:
         found.append(Inexact(spelling.weights, spelling.inexact))
     return tuple(found)
+
+
+def _computes_the_same(one: object, other: object, depth: int = 8) -> bool:
+    """Whether two arguments are the same operators of the same nodes: a mask that is compared twice."""
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(_computes_the_same(a, b, depth) for a, b in zip(one, other, strict=True))
+    if not isinstance(one, fx.Node) or not isinstance(other, fx.Node):
+        return type(one) is type(other) and one == other
+    number = read_scalar(one)
+    if one is other or (number is not None and number == read_scalar(other)):
+        return True
+    alike = depth > 0 and one.op == other.op == "call_function" and one.target is other.target and is_pure(one)
+    return alike and one.kwargs == other.kwargs and _computes_the_same(one.args, other.args, depth - 1)
 
 
 def root_of(node: fx.Node) -> fx.Node:
