@@ -1,17 +1,13 @@
-"""`python tests/benchmarks/eager_spelling.py`: attention spelled out, with latent, against sdpa: time and memory.
+"""`python tests/benchmarks/eager_spelling.py`: attention spelled out, with latent, against sdpa.
 
 A llama of 4 layers in SmolLM2's widths with random weights, one prefill without a cache. All variants are timed in
-turn in one process; medians and ratios are printed. Memory is what one attention layer's intermediates would need in
-eager, so peak resident memory is measured per variant in a process of its own.
+turn in one process; medians and ratios are printed.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -53,24 +49,12 @@ def compiled(variant: str, ids: torch.Tensor) -> Callable[[], Any]:
     return run
 
 
-def peak(variant: str, tokens: int) -> float:
-    """Growth of the peak resident memory over the calls, in MB, in a fresh process."""
-    command = [sys.executable, __file__, "--tokens", str(tokens), "--peak-of", variant]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--repeat", type=int, default=9)
-    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     given = parser.parse_args()
     ids = torch.randint(0, 2048, (1, given.tokens))
-    if given.peak_of:
-        run = compiled(given.peak_of, ids[:, :16])
-        run = compiled(given.peak_of, ids)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-        return
     runs = {variant: compiled(variant, ids) for variant in VARIANTS}
     seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     for _ in range(given.repeat):
@@ -84,10 +68,7 @@ def main() -> None:
     for variant, times in seconds.items():
         spread = f"{min(times) * 1e3:6.1f} to {max(times) * 1e3:6.1f}"
         ratio = medians[variant] / base
-        print(
-            f"{variant:<26} {medians[variant] * 1e3:7.1f} ms ({spread})  {ratio:5.2f} × sdpa, inductor"
-            f"   peak {peak(variant, given.tokens):6.0f} MB"
-        )
+        print(f"{variant:<26} {medians[variant] * 1e3:7.1f} ms ({spread})  {ratio:5.2f} × sdpa, inductor")
 
 
 if __name__ == "__main__":
