@@ -101,7 +101,9 @@ def _detail(same: Sequence[Verdict]) -> str:
     errors = [v.error for v in same if v.error is not None]
     if same[0].outcome == "applied":
         largest = f"{max(errors):.0e}" if any(errors) else "0"
-        return f"certified, relative error {largest} in fp64" if errors else "not certified"
+        if errors:
+            return f"certified, relative error {largest} in fp64"
+        return f"not certified ({same[0].reason})" if same[0].reason else "not certified"
     place = f"   {same[0].line}" if same[0].line and same[0].outcome in ("undone", "failed") else ""
     return same[0].reason + place
 

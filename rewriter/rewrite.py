@@ -128,7 +128,9 @@ class _Run:
         replaced.update({old: new for old, now in replaced.items() if now is site.output})
         replaced[site.output] = new
         self._recognise_again(entry, index, emit)
-        return replace(verdict, outcome="applied", error=certificate.error if certificate else None)
+        if certificate is None or not certificate.compared:
+            return replace(verdict, outcome="applied", reason=certificate.note if certificate else "")
+        return replace(verdict, outcome="applied", error=certificate.error)
 
     def _refuse(self, verdict: Verdict, refusal: Refusal) -> Verdict:
         line = source_line(refusal.node) if refusal.node is not None else None
