@@ -1,0 +1,106 @@
+"""latent::generated_attention: the operator behind which generated kernels run, C++ on CPUs and Triton on GPUs.
+
+The first call with a new specification generates, builds and checks its kernel on small random input against the
+reference body; a kernel that cannot be built or gives other numbers is replaced by that body, with one warning. The
+operator has no gradient: lowering puts it only where none is needed.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .self_check import check_once
+from .spec import Call, KernelSpec, spec_of
+
+log = logging.getLogger(__name__)
+
+Kernel = Callable[[Call], Tensor]
+
+torch.library.define(
+    "latent::generated_attention",
+    "(Tensor query, Tensor? query_rope, Tensor key, Tensor? key_rope, Tensor? value, Tensor? mask, Tensor? sinks, "
+    "float scale, float cap, bool causal, SymInt window, SymInt offset) -> Tensor",
+)
+
+
+def reference(call: Call) -> Tensor:
+    """The definition in plain ATen: [B, H, S, E]. Scores, softmax and sums are float32, or float64 for float64."""
+    query, key = call.query, call.key
+    value = key if call.value is None else call.value
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    H, S, T, G = query.shape[1], query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
+
+    def product(q: Tensor, k: Tensor) -> Tensor:
+        return q.to(wide) @ k.to(wide).repeat_interleave(G, 1).transpose(-1, -2)
+
+    scores = product(query, key)
+    if call.query_rope is not None and call.key_rope is not None:
+        scores = scores + product(call.query_rope, call.key_rope)
+    scores = scores * call.scale
+    if call.cap > 0.0:
+        scores = call.cap * torch.tanh(scores / call.cap)
+    hidden = torch.zeros(S, T, dtype=torch.bool, device=query.device)
+    i = torch.arange(S, device=query.device)[:, None] + call.offset
+    j = torch.arange(T, device=query.device)[None, :]
+    if call.causal:
+        hidden = hidden | (j > i)
+    if call.window > 0:
+        hidden = hidden | (j <= i - call.window)
+    if call.mask is not None and call.mask.dtype == torch.bool:
+        hidden = hidden | ~call.mask
+    elif call.mask is not None:
+        scores = scores + call.mask.to(wide)
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if call.sinks is not None:
+        sinks = call.sinks.to(wide).view(1, H, 1, 1).expand(query.shape[0], H, S, 1)
+        scores = torch.cat((scores, sinks), -1)
+    weights = F.softmax(scores, -1)[..., :T]
+    weights = weights.masked_fill((scores[..., :T] == float("-inf")).all(-1, keepdim=True), 0.0)
+    return (weights @ value.to(wide).repeat_interleave(G, 1)).to(query.dtype)
+
+
+@functools.cache
+def kernel_for(spec: KernelSpec, device: str) -> Kernel:
+    """What computes a specification on a type of device: a checked kernel, or the reference body."""
+    try:
+        source, kernel = _build(spec, device)
+        check_once(spec, source, device, kernel, reference)
+    except Exception as error:
+        log.warning("latent: no generated kernel for %s on %s, plain operators run: %s", spec.name, device, error)
+        return reference
+    return kernel
+
+
+def _build(spec: KernelSpec, device: str) -> tuple[str, Kernel]:
+    """The generated source of a specification and what runs it. Raises whatever stands in the way."""
+    if device == "cpu":
+        from .cpp_library import build
+    else:
+        from .triton_library import build
+    return build(spec)
+
+
+def _generated_attention(*arguments: Any) -> Tensor:
+    call = Call(*arguments)
+    out_width = call.key.shape[-1] if call.value is None else call.value.shape[-1]
+    if call.query.numel() == 0 or call.key.shape[2] == 0:
+        return call.query.new_zeros((*call.query.shape[:3], out_width))
+    return kernel_for(spec_of(call), call.query.device.type)(call)
+
+
+def _shape(
+    query: Tensor, query_rope: Tensor | None, key: Tensor, key_rope: Tensor | None, value: Tensor | None, *rest: Any
+) -> Tensor:
+    return query.new_empty((*query.shape[:3], (key if value is None else value).shape[-1]))
+
+
+torch.library.impl("latent::generated_attention", "CPU", _generated_attention)
+torch.library.impl("latent::generated_attention", "CUDA", _generated_attention)
+torch.library.register_fake("latent::generated_attention", _shape)
