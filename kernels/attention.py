@@ -1,8 +1,11 @@
-"""latent::attention: softmax(scale · q kᵀ + mask) v over grouped heads, and the plain forms it is lowered to.
+"""latent::attention: fused attention over grouped heads, and the forms it is lowered to.
+
+    softmax( mask(cap · tanh(scale · q kᵀ / cap)) | sinks ) v
 
 Dimensions: B batch, H query heads, K key heads (H = K · G), S query tokens, T key tokens, D query/key width, E value
-width. The mask is additive or boolean (True: visible) and broadcasts to [B, H, S, T]; `causal` hides j > i (top left);
-`grouped` says H = K · G with G > 1, which symbolic sizes do not tell.
+width. The mask is additive or boolean (True: visible) and broadcasts to [B, H, S, T]; sinks [H] take part in the
+softmax and have no value; cap 0: none. `causal` hides j > i (top left), `window` > 0 hides j <= i - window; `grouped` says
+H = K · G with G > 1, which symbolic sizes do not tell.
 """
 
 from __future__ import annotations
@@ -16,10 +19,13 @@ from torch import Tensor, fx
 from ..rewriter.layouts import shape_of
 from ..rewriter.nodes import args_of
 from ..rewriter.registry import LibraryCall, lowering
+from .generated import DTYPES, reference, unavailable
+from .spec import Call
 
 torch.library.define(
     "latent::attention",
-    "(Tensor query, Tensor key, Tensor value, Tensor? mask, float? scale, bool causal, bool grouped) -> Tensor",
+    "(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sinks, float? scale, float cap, bool causal, "
+    "int window, bool grouped) -> Tensor",
 )
 
 
@@ -28,39 +34,39 @@ def attention(
     key_BKTD: Tensor,
     value_BKTE: Tensor,
     mask: Tensor | None,
+    sinks: Tensor | None,
     scale: float | None,
+    cap: float,
     causal: bool,
+    window: int,
     grouped: bool,
 ) -> Tensor:
     """The reference body: [B, H, S, E]."""
-    return F.scaled_dot_product_attention(
-        query_BHSD, key_BKTD, value_BKTE, mask, is_causal=causal, scale=scale, enable_gqa=grouped
-    )
+    if sinks is None and not cap:
+        if window:
+            mask, causal = _windowed(query_BHSD, key_BKTD, mask, causal, window), False
+        return F.scaled_dot_product_attention(
+            query_BHSD, key_BKTD, value_BKTE, mask, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
+    scale = query_BHSD.shape[-1] ** -0.5 if scale is None else scale
+    return reference(Call(query_BHSD, None, key_BKTD, None, value_BKTE, mask, sinks, scale, cap, causal, window, 0))
 
 
 torch.library.impl("latent::attention", "CompositeImplicitAutograd", attention)
 
 
-def one_query_per_group(
-    query_BH1D: Tensor,
-    key_BKTD: Tensor,
-    value_BKTE: Tensor,
-    mask: Tensor | None,
-    scale: float | None,
-    causal: bool,
-    grouped: bool,
-) -> Tensor:
-    """One query token: the G query heads of a key head become G rows, so that no key is read G times.
-
-    A causal mask hides nothing but the keys behind the first, so callers with `causal` keep the reference body.
-    """
-    B, H, _, D = query_BH1D.shape
-    K = key_BKTD.shape[1]
-    rows_BKGD = query_BH1D.reshape(B, K, H // K, D)
-    if mask is not None and mask.shape[1] != 1:
-        mask = mask.reshape(mask.shape[0], K, H // K, mask.shape[3])
-    out_BKGE = F.scaled_dot_product_attention(rows_BKGD, key_BKTD, value_BKTE, mask, scale=scale)
-    return out_BKGE.reshape(B, H, 1, value_BKTE.shape[3])
+def _windowed(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, window: int) -> Tensor:
+    """The mask with the window in it."""
+    i = torch.arange(query.shape[2], device=query.device)[:, None]
+    j = torch.arange(key.shape[2], device=query.device)[None, :]
+    visible = j > i - window
+    if causal:
+        visible = visible & (j <= i)
+    if mask is None:
+        return visible[None, None]
+    if mask.dtype == torch.bool:
+        return mask & visible
+    return mask.masked_fill(~visible, float("-inf"))
 
 
 def padded_values(
@@ -68,8 +74,11 @@ def padded_values(
     key_BKTD: Tensor,
     value_BKTE: Tensor,
     mask: Tensor | None,
+    sinks: None,
     scale: float | None,
+    cap: float,
     causal: bool,
+    window: int,
     grouped: bool,
 ) -> Tensor:
     """E < D: values padded with zeros to D, because fused kernels want one width; the padding is cut off again."""
@@ -82,14 +91,23 @@ def padded_values(
 
 
 @lowering("latent::attention")
-def choose(node: fx.Node) -> tuple[LibraryCall | Callable[..., Tensor], str]:
+def choose(node: fx.Node, gradients: bool) -> tuple[LibraryCall | Callable[..., Tensor] | None, str]:
     """The form for one node and the reason in words."""
-    query_node, key_node, value_node, mask, scale, causal, grouped = args_of(node)
+    query_node, key_node, value_node, mask, sinks, scale, cap, causal, window, grouped = args_of(node)
     query, value = shape_of(query_node), shape_of(value_node)
-    D, E = query[3], value[3]
+    S, D, E = query[2], query[3], value[3]
     device = node.meta["val"].device.type
-    if device == "cpu" and query[2] == 1 and grouped and not causal and D == E:
-        return one_query_per_group, "one query token: the heads of a group are rows of one product"
+    special = sinks is not None or cap or window
+    fixed = isinstance(D, int) and isinstance(E, int) and not isinstance(scale, fx.Node)
+    if not gradients and fixed and node.meta["val"].dtype in DTYPES and (special or S == 1):
+        lost = unavailable(device)
+        if not lost:
+            scale = D**-0.5 if scale is None else scale
+            given = (query_node, None, key_node, None, value_node, mask, sinks, scale, cap, causal, window, 0)
+            reason = "one query token: keys split over cores" if S == 1 else "generated kernel"
+            return LibraryCall(torch.ops.latent.generated_attention.default, given, {}), reason
+    if special:
+        return None, "the operator's own body"
     if device == "cpu" and isinstance(D, int) and isinstance(E, int) and D > E:
         return padded_values, f"values padded from {E} to {D}, the width of the keys"
     call = LibraryCall(

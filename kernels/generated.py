@@ -22,6 +22,7 @@ from .spec import Call, KernelSpec, spec_of
 log = logging.getLogger(__name__)
 
 Kernel = Callable[[Call], Tensor]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 torch.library.define(
     "latent::generated_attention",
@@ -35,14 +36,16 @@ def reference(call: Call) -> Tensor:
     query, key = call.query, call.key
     value = key if call.value is None else call.value
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    H, S, T, G = query.shape[1], query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
+    B, H, S, K, T = *query.shape[:3], *key.shape[1:3]
 
-    def product(q: Tensor, k: Tensor) -> Tensor:
-        return q.to(wide) @ k.to(wide).repeat_interleave(G, 1).transpose(-1, -2)
+    def product(rows: Tensor, columns: Tensor) -> Tensor:
+        """[B, H, S, X] [B, K, X, Y] -> [B, H, S, Y]; the heads of a group are rows of one product."""
+        rows = rows.to(wide).reshape(B, K, H // K * S, rows.shape[-1])
+        return (rows @ columns.to(wide)).reshape(B, H, S, columns.shape[-1])
 
-    scores = product(query, key)
+    scores = product(query, key.transpose(-1, -2))
     if call.query_rope is not None and call.key_rope is not None:
-        scores = scores + product(call.query_rope, call.key_rope)
+        scores = scores + product(call.query_rope, call.key_rope.transpose(-1, -2))
     scores = scores * call.scale
     if call.cap > 0.0:
         scores = call.cap * torch.tanh(scores / call.cap)
@@ -59,11 +62,20 @@ def reference(call: Call) -> Tensor:
         scores = scores + call.mask.to(wide)
     scores = scores.masked_fill(hidden, float("-inf"))
     if call.sinks is not None:
-        sinks = call.sinks.to(wide).view(1, H, 1, 1).expand(query.shape[0], H, S, 1)
+        sinks = call.sinks.to(wide).view(1, H, 1, 1).expand(B, H, S, 1)
         scores = torch.cat((scores, sinks), -1)
     weights = F.softmax(scores, -1)[..., :T]
     weights = weights.masked_fill((scores[..., :T] == float("-inf")).all(-1, keepdim=True), 0.0)
-    return (weights @ value.to(wide).repeat_interleave(G, 1)).to(query.dtype)
+    return product(weights, value).to(query.dtype)
+
+
+def unavailable(device: str) -> str:
+    """Why no kernel can be generated for a type of device; "" where one can."""
+    if device == "cpu":
+        from .cpp_library import compiler
+
+        return "" if compiler() else "there is no C++ compiler on this machine"
+    return "" if device == "cuda" else f"no kernels are generated for {device}"
 
 
 @functools.cache

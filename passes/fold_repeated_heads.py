@@ -7,7 +7,16 @@ from torch import fx
 from .. import rewrite
 from ..kernels import attention as _attention  # noqa: F401  # defines latent::attention
 from ..rewriter.axes import size_of
-from ..rewriter.canonical import Canonical, emit_attention, groups_repeated, place, width_of
+from ..rewriter.canonical import (
+    Canonical,
+    Scoring,
+    emit_attention,
+    emit_own_mask,
+    emit_sinks,
+    groups_repeated,
+    place,
+    width_of,
+)
 from ..rewriter.emit import Emitter
 from ..rewriter.rules import Benefit, Cost, Match, Refusal
 from ..rewriter.score_form import Unusual, score_form
@@ -57,9 +66,7 @@ class FoldRepeatedHeads:
         query = place(emit, site.query, form.rows(width), site)
         key = place(emit, site.key, form.columns(width), site)
         value = place(emit, site.value, form.columns(site.axes.value_width), site)
-        mask = call.mask
-        if mask is not None:
-            layout = site.steps[-1].layout  # type: ignore[attr-defined]
-            target = (site.axes.batch, form.heads, site.axes.queries, site.axes.keys)
-            mask = emit.relayout(mask, layout, target)
-        return emit_attention(emit, form, query, key, value, mask, call.scale, call.causal)
+        sinks = emit_sinks(emit, form, scores)
+        mask = emit_own_mask(emit, form)
+        scoring = Scoring(call.scale, mask, sinks, call.cap, call.causal, call.window)
+        return emit_attention(emit, form, query, key, value, scoring)

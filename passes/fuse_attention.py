@@ -10,17 +10,19 @@ from ..kernels import attention as _attention  # noqa: F401  # defines latent::a
 from ..rewriter.axes import size_of
 from ..rewriter.canonical import (
     Canonical,
+    Scoring,
     emit_attention,
     emit_mask,
     emit_query_key,
+    emit_sinks,
     groups_repeated,
     place,
     width_of,
 )
 from ..rewriter.emit import Emitter
 from ..rewriter.rules import Benefit, Cost, Match, Refusal
-from ..rewriter.score_form import Unusual, score_form
-from ..rewriter.sites import AttentionSite, Cast, Dropout, Gate, Inexact
+from ..rewriter.score_form import Unusual, readable_sinks, score_form, unusual_weights
+from ..rewriter.sites import AttentionSite
 
 
 @rewrite("fuse_attention", exact=True)
@@ -30,25 +32,13 @@ class FuseAttention:
     def match(self, site: AttentionSite) -> Match | Refusal:
         if site.call is not None:
             return Refusal(f"it is one fused call already ({site.spelling})", site.anchor)
-        if site.weight_readers:
-            reader = site.weight_readers[0]
-            return Refusal("the attention weights are read by something else too", reader)
-        for step in site.weight_steps:
-            if isinstance(step, Inexact):
-                return Refusal(step.reason, step.node)
-            if isinstance(step, Gate):
-                return Refusal("the attention weights are multiplied by a tensor after the softmax", step.node)
-            if isinstance(step, Dropout) and step.p:
-                return Refusal("dropout of the weights is active; a fused operator would draw other numbers", step.node)
-            if not isinstance(step, Cast | Dropout):
-                return Refusal("rows without a visible key are set to zero after the softmax", step.node)
+        if (unusual := unusual_weights(site)) is not None:
+            return Refusal(unusual.reason, unusual.node)
         scores = score_form(site)
         if isinstance(scores, Unusual):
             return Refusal(scores.reason, scores.node)
-        if scores.cap is not None:
-            return Refusal("the scores are soft-capped, and no fused kernel here caps them", site.anchor)
-        if scores.sinks:
-            return Refusal("sinks take part in the softmax, and no fused kernel here has them", scores.sinks[0].node)
+        if (unusual := readable_sinks(scores, site)) is not None:
+            return Refusal(unusual.reason, unusual.node)
         repeated = groups_repeated(site)
         if repeated and repeated != set(site.axes.groups):
             return Refusal("some of the heads that share keys are repeated and some are not", site.key.node)
@@ -75,7 +65,8 @@ class FuseAttention:
         query, key, scale = emit_query_key(emit, form, scores, dtype)
         mask, query = emit_mask(emit, form, scores, query)
         value = emit.cast(place(emit, site.value, form.columns(site.axes.value_width), site), dtype)
-        return emit_attention(emit, form, query, key, value, mask, scale, causal=False)
+        scoring = Scoring(scale, mask, emit_sinks(emit, form, scores), scores.cap or 0.0)
+        return emit_attention(emit, form, query, key, value, scoring)
 
 
 def _computes(site: AttentionSite) -> torch.dtype:

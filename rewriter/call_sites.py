@@ -10,7 +10,7 @@ from .axes import AxisSpace, Dim, Layout, same_size
 from .layouts import shape_of
 from .nodes import args_of
 from .roles import peel, resolved, roles_of
-from .sites import AttentionCall, AttentionSite, Bias, Fill, Scale, ScoreStep, ScoreTerm
+from .sites import AttentionCall, AttentionSite, Bias, Fill, Scale, ScoreStep, ScoreTerm, Sink, Tanh
 from .walks import operand_layout
 
 
@@ -56,10 +56,14 @@ def call_site(call: AttentionCall, space: AxisSpace) -> AttentionSite:
             if boolean
             else Bias(call.anchor, call.mask, 1.0, layout)
         )
+    if call.cap:
+        steps[:0] = [Scale(call.anchor, 1.0 / call.cap), Tanh(call.anchor), Scale(call.anchor, call.cap)]
     if isinstance(call.scale, fx.Node):
         steps.insert(0, Scale(call.anchor, by=call.scale))
     elif call.scale is not None and call.scale != 1.0:
         steps.insert(0, Scale(call.anchor, call.scale))
+    if call.sinks is not None:
+        steps.append(Sink(call.anchor, call.sinks, layout=(batch[-1],)))
     term = ScoreTerm(peel(call.query, layout_q, space), peel(call.key, layout_k, space))
     value = peel(call.value, layout_v, space)
     output = call.anchor

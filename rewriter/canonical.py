@@ -13,7 +13,7 @@ from torch import fx
 from .axes import Axis, Dim, Layout, flat
 from .emit import Emitter
 from .layouts import is_tensor
-from .score_form import HIDES, ScoreForm, key_scaling
+from .score_form import HIDES, ScoreForm, key_scaling, sink_of_heads
 from .sites import AttentionSite, Bias, Fill, Operand, Scale
 
 aten = torch.ops.aten
@@ -84,16 +84,25 @@ def emit_query_key(
         keys.append(emit.cast(place(emit, term.key, form.columns(width), site), dtype))
     query = queries[0] if len(queries) == 1 else emit.call(aten.cat.default, queries, -1)
     key = keys[0] if len(keys) == 1 else emit.call(aten.cat.default, keys, -1)
+    for step in scores.scale_by:
+        if key_scaling(step, site, site.space):
+            key = _multiply(emit, key, step, (*form.columns(())[:3], ()))
+    query, scale = emit_query_scale(emit, form, scores, query, dtype)
+    return query, key, scale
+
+
+def emit_query_scale(
+    emit: Emitter, form: Canonical, scores: ScoreForm, query: fx.Node, dtype: torch.dtype
+) -> tuple[fx.Node, float | fx.Node]:
+    """The query in `dtype`, times the tensors that scale it, and the scale that remains."""
+    query = emit.cast(query, dtype)
     scale: float | fx.Node = scores.scale
     for step in scores.scale_by:
-        assert step.by is not None
         if not is_tensor(step.by):
             scale = _scaled(emit, scale, step)
-        elif key_scaling(step, site, site.space):
-            key = _multiply(emit, key, step, (*form.columns(())[:3], ()))
-        else:
+        elif not key_scaling(step, form.site, form.site.space):
             query = _multiply(emit, query, step, (*form.rows(())[:3], ()))
-    return query, key, scale
+    return query, scale
 
 
 def _scaled(emit: Emitter, scale: float | fx.Node, step: Scale) -> float | fx.Node:
@@ -153,6 +162,33 @@ def _number(emit: Emitter, like: fx.Node, value: float, dtype: torch.dtype) -> f
     return emit.call(aten.scalar_tensor.default, value, dtype=dtype, device=device)
 
 
+def emit_sinks(emit: Emitter, form: Canonical, scores: ScoreForm) -> fx.Node | None:
+    """The scores without a value, one for each head: [H]. See `readable_sinks`."""
+    if not scores.sinks:
+        return None
+    (step,) = scores.sinks
+    query = form.site.query.node.meta["val"]
+    if isinstance(step.sink, fx.Node):
+        found = sink_of_heads(step, form.site)
+        assert found is not None
+        sink = emit.relayout(*found, (form.heads,))
+        return emit.call(aten.expand.default, sink, [emit.size(form.heads)])
+    size = [emit.size(form.heads)]
+    return emit.call(aten.full.default, size, step.sink, dtype=query.dtype, device=query.device)
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What a fused operator does to q·k: scale, soft cap, mask, and sinks beside them."""
+
+    scale: float | fx.Node | None
+    mask: fx.Node | None = None
+    sinks: fx.Node | None = None
+    cap: float = 0.0
+    causal: bool = False
+    window: int = 0
+
+
 def _shape_of_output(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: object) -> torch.Tensor:
     return query.new_empty((*query.shape[:3], value.shape[3]))
 
@@ -163,18 +199,29 @@ def emit_attention(
     query: fx.Node,
     key: fx.Node,
     value: fx.Node,
-    mask: fx.Node | None,
-    scale: float | fx.Node | None,
-    causal: bool,
+    scoring: Scoring,
 ) -> fx.Node:
     """latent::attention on canonical tensors, its result in the layout and dtype of the site's output."""
     site = form.site
-    if mask is not None:
-        shape = [d for d in mask.meta["val"].shape]
-        if len(shape) != 4:
-            raise ValueError(f"a mask of {len(shape)} dimensions is not canonical")
+    if scoring.mask is not None and (rank := scoring.mask.meta["val"].dim()) != 4:
+        raise ValueError(f"a mask of {rank} dimensions is not canonical")
     grouped = form.folded and bool(site.axes.groups)
     target = torch.ops.latent.attention.default
-    out = emit.known(target, _shape_of_output, query, key, value, mask, scale, causal, grouped)
+    how = (scoring.mask, scoring.sinks, scoring.scale, scoring.cap, scoring.causal, scoring.window)
+    return emit_result(emit, form, emit.known(target, _shape_of_output, query, key, value, *how, grouped))
+
+
+def emit_result(emit: Emitter, form: Canonical, out: fx.Node) -> fx.Node:
+    """[B H S E] in the layout and dtype of the site's output."""
+    site = form.site
     out = emit.relayout(out, form.rows(site.axes.value_width), site.output_layout)
     return emit.cast(out, site.output.meta["val"].dtype)
+
+
+def emit_own_mask(emit: Emitter, form: Canonical) -> fx.Node | None:
+    """The mask of a call as it is, [B|1 H|1 S|1 T]."""
+    site = form.site
+    if site.call is None or site.call.mask is None:
+        return None
+    layout = next(s.layout for s in site.steps if isinstance(s, Bias | Fill))
+    return emit.relayout(site.call.mask, layout, (site.axes.batch, form.heads, site.axes.queries, site.axes.keys))

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from .compat import trace_pre_dispatch
+from .purity import enables_grad
 from .registry import LibraryCall, lowerings
 
 
@@ -24,12 +25,13 @@ class Lowering:
 def lower(gm: fx.GraphModule) -> tuple[Lowering, ...]:
     """Replace the `latent::` operators of a graph by plain ATen, in place."""
     done = []
+    gradients = torch.is_grad_enabled() or enables_grad(gm.graph)
     for node in list(gm.graph.nodes):
         if node.op != "call_function" or not str(node.target).startswith("latent."):
             continue
         name = str(node.target).removesuffix(".default").replace(".", "::", 1)
         choose = lowerings().get(name)
-        form, reason = choose(node) if choose is not None else (None, "the operator's own body")
+        form, reason = choose(node, gradients) if choose is not None else (None, "the operator's own body")
         if isinstance(form, LibraryCall):
             node.target, node.args, node.kwargs = form.target, form.args, form.kwargs
         else:

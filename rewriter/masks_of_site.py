@@ -9,7 +9,7 @@ from torch import fx
 from .axes import Dim, Layout
 from .layouts import is_tensor
 from .masks.prove import Form, MaskReader
-from .masks.terms import MaskProof, Opaque
+from .masks.terms import Flags, MaskProof, Opaque
 from .sites import AttentionSite, Bias, Fill
 
 
@@ -51,6 +51,19 @@ def _prove(mask: MaskTensor, site: AttentionSite, reader: MaskReader) -> MaskPro
 
 def _position(layout: Layout, dim: Dim) -> int | None:
     return layout.index(dim) if dim and dim in layout else None
+
+
+def proven_flags(site: AttentionSite) -> tuple[Flags | None, fx.Node | None]:
+    """The flags that take the place of the only mask, and its tensor; None where no flags do."""
+    tensors = mask_tensors(site)
+    if not tensors:
+        return None, None
+    (proof, *more), mask = site.masks, tensors[0].node
+    if more or (site.call is not None and site.call.causal):
+        return None, mask
+    if proof.keeps_all:
+        return Flags(), mask
+    return (proof.flags if proof.rows_visible else None), mask
 
 
 def describe_masks(site: AttentionSite) -> str:

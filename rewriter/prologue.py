@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .compat import WeightStates, add_input, autocast_switch, source_name, switches_mode
+from .compat import WeightStates, add_input, autocast_switch, source_name
 from .mutations import Mutations
-from .purity import is_pure, is_random, is_symbolic_arithmetic
+from .purity import enables_grad, is_pure, is_random, is_symbolic_arithmetic
 
 __all__ = ["Hoisted", "HoistedCall", "Prologue", "hoist", "invalidate"]
 
@@ -121,7 +121,7 @@ def invalidate(model: nn.Module) -> int:
 
 def hoist(gm: fx.GraphModule, inputs: Sequence[Any]) -> Hoisted:
     """Move the work on weights out of `gm`, in place. Leaves it as it is when gradients are on."""
-    if torch.is_grad_enabled() or _enables_grad(gm.graph):
+    if torch.is_grad_enabled() or enables_grad(gm.graph):
         return Hoisted(gm)
     derived = _derived(gm, inputs)
     if not derived:
@@ -134,11 +134,6 @@ def hoist(gm: fx.GraphModule, inputs: Sequence[Any]) -> Hoisted:
         node.replace_all_uses_with(last, propagate_meta=False)
     _erase(gm, derived)
     return Hoisted(gm, prologue, list(prologue.derived))
-
-
-def _enables_grad(graph: fx.Graph) -> bool:
-    switches = (n for n in graph.nodes if switches_mode(n.target) and autocast_switch(n.target) is None)
-    return any(node.args[0] is True for node in switches)
 
 
 # ** what can be computed from weights alone **

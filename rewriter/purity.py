@@ -12,13 +12,14 @@ from torch import fx
 from .compat import (
     HigherOrderOperator,
     OpOverload,
+    autocast_switch,
     new_unbacked_symbols,
     random_ops_kept,
     switches_mode,
     symbolic_functions,
 )
 
-__all__ = ["is_needless_detach", "is_pure", "is_random", "is_symbolic_arithmetic"]
+__all__ = ["enables_grad", "is_needless_detach", "is_pure", "is_random", "is_symbolic_arithmetic"]
 
 aten = torch.ops.aten
 _DROPOUT = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
@@ -103,3 +104,9 @@ def _requires_grad(value: object) -> bool:
 def _attribute(node: fx.Node) -> object:
     owner = node.graph.owning_module
     return functools.reduce(getattr, str(node.target).split("."), owner) if owner is not None else None
+
+
+def enables_grad(graph: fx.Graph) -> bool:
+    """Whether a graph switches gradients on, whatever they are outside of it."""
+    switches = (n for n in graph.nodes if switches_mode(n.target) and autocast_switch(n.target) is None)
+    return any(node.args[0] is True for node in switches)

@@ -92,7 +92,10 @@ def rewrite(
 
 
 def lowering(operator: str) -> Callable[[Function], Function]:
-    """Register what chooses the form of an operator: node -> (LibraryCall or function of its arguments, reason)."""
+    """Register what chooses the form of an operator.
+
+    (node, whether gradients are needed) -> (LibraryCall, function of the arguments, or None for its body; the reason)
+    """
 
     def register(function: Function) -> Function:
         _lowerings[operator] = function

@@ -103,7 +103,7 @@ class _Run:
             return self._refuse(verdict, answer)
         if not rule.benefit(answer).pays(self.hints):
             return replace(verdict, outcome="not paying", reason="as many bytes move as before")
-        if (moved := self._written_between(site)) is not None:
+        if (moved := self._written_between(site, answer)) is not None:
             return self._refuse(verdict, Refusal("a tensor it reads is written in between", moved))
         emit = Emitter.at(site, entry.name, self.session)
         try:
@@ -145,12 +145,12 @@ class _Run:
             self.certificates[key] = comparison.run()
         return self.certificates[key]
 
-    def _written_between(self, site: AttentionSite) -> fx.Node | None:
+    def _written_between(self, site: AttentionSite, match: Match) -> fx.Node | None:
         """A write to what the site reads or computes, after it is first read and before the output.
 
         The replacement reads everything at the output's place.
         """
-        reads: list[tuple[fx.Node, fx.Node]] = []
+        reads = list(match.reads)
         for operand in (*(o for term in site.terms for o in (term.query, term.key)), site.value):
             reads.append((operand.root, operand.chain[-2][0] if len(operand.chain) > 1 else site.region[0]))
         for step in (*site.steps, *site.weight_steps):

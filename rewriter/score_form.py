@@ -6,9 +6,23 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from .axes import AxisSpace
+from .axes import AxisSpace, Layout
 from .layouts import is_tensor
-from .sites import AttentionSite, Bias, Blend, Cast, Fill, Scale, ScoreStep, Sink, Tanh
+from .roles import peel
+from .sites import (
+    AttentionSite,
+    Bias,
+    Blend,
+    Cast,
+    Dropout,
+    Fill,
+    Gate,
+    Inexact,
+    Scale,
+    ScoreStep,
+    Sink,
+    Tanh,
+)
 
 HIDES = -1e8
 """Fills below this vanish beside any score, in a row that is hidden altogether too: x + fill rounds to fill."""
@@ -46,6 +60,8 @@ def score_form(site: AttentionSite) -> ScoreForm | Unusual:
         match step:
             case Cast():
                 continue
+            case Scale() if sinks:
+                return Unusual("the scores are scaled after a sink was appended", step.node)
             case Scale(by=None):
                 if capped:
                     cap = (cap or 1.0) * step.factor
@@ -80,6 +96,45 @@ def score_form(site: AttentionSite) -> ScoreForm | Unusual:
     if capped and cap is not None:
         scale *= cap  # tanh(a x) b = cap tanh(scale x / cap), cap = b, scale = a b
     return ScoreForm(scale, tuple(scale_by), cap, tuple(masks), tuple(sinks))
+
+
+def readable_sinks(scores: ScoreForm, site: AttentionSite) -> Unusual | None:
+    """What keeps sinks from being one score for each head, or None."""
+    for step in scores.sinks:
+        if len(scores.sinks) > 1 or step.count != 1:
+            return Unusual("more than one sink takes part in the softmax", step.node)
+        if isinstance(step.sink, fx.Node) and sink_of_heads(step, site) is None:
+            return Unusual("the sinks differ from token to token", step.node)
+    return None
+
+
+def sink_of_heads(step: Sink, site: AttentionSite) -> tuple[fx.Node, Layout] | None:
+    """The tensor that sinks were expanded from, where nothing but the head tells its elements apart."""
+    heads = {*site.axes.heads, *site.axes.groups}
+    assert isinstance(step.sink, fx.Node)
+    chain = peel(step.sink, step.layout, site.space).chain
+    return next(((node, layout) for node, layout in chain if site.space.axes(layout) <= heads), None)
+
+
+def unusual_weights(site: AttentionSite) -> Unusual | None:
+    """What keeps the weights from being left inside a fused operator, or None."""
+    if site.weight_readers:
+        return Unusual("the attention weights are read by something else too", site.weight_readers[0])
+    if site.call is not None and site.call.dropout:
+        return Unusual("dropout of the weights is active", site.call.anchor)
+    for step in site.weight_steps:
+        match step:
+            case Inexact():
+                return Unusual(step.reason, step.node)
+            case Gate():
+                return Unusual("the attention weights are multiplied by a tensor after the softmax", step.node)
+            case Dropout(p=p) if p:
+                return Unusual("dropout of the weights is active; a fused operator would draw other numbers", step.node)
+            case Dropout() | Cast():
+                continue
+            case _:
+                return Unusual("rows without a visible key are set to zero after the softmax", step.node)
+    return None
 
 
 def _ignored(step: Bias, site: AttentionSite, later: tuple[ScoreStep, ...]) -> bool:

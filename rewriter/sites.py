@@ -213,6 +213,9 @@ class AttentionCall:
     mask: fx.Node | None = None
     dropout: float = 0.0
     grouped: bool = False
+    sinks: fx.Node | None = None
+    cap: float = 0.0
+    window: int = 0
     opaque: str | None = None
     """What else the call does that is not expressed here (a score_mod)."""
 

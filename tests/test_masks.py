@@ -10,6 +10,7 @@ import sympy
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from latent.rewriter.masks.terms import Flags
 from latent.rewriter.masks.prove import Causal, Form, Keys, MaskProof, MaskReader, Window, materialise, prove_mask
 from mask_tools import Seen, prove, trace, visible
 from torch import fx
@@ -170,8 +171,8 @@ def test_rows_visible() -> None:
 
 
 def test_top_left_causal_is_nothing_else() -> None:
-    assert prove(SPELLINGS["tril"][0]).is_top_left_causal
-    assert not any(prove(SPELLINGS[other][0]).is_top_left_causal for other in ("window", "bottom right"))
+    assert prove(SPELLINGS["tril"][0]).flags == Flags(causal=True)
+    assert not any(prove(SPELLINGS[other][0]).flags == Flags(causal=True) for other in ("window", "bottom right"))
 
 
 def test_reasons_name_what_is_missing() -> None:
@@ -189,7 +190,7 @@ def test_buffer_is_not_what_it_holds() -> None:
     assert "is an input of the graph" in opaque.reason
     (opaque,) = prove(lambda: bias[:, :, :S, :T], "keep").opaque
     assert "is a buffer" in opaque.reason
-    assert prove(lambda: torch.ones(1, 1, 16, 16, dtype=torch.bool).tril()[:, :, :S, :T]).is_top_left_causal
+    assert prove(lambda: torch.ones(1, 1, 16, 16, dtype=torch.bool).tril()[:, :, :S, :T]).flags == Flags(causal=True)
 
 
 def test_padding() -> None:
@@ -252,7 +253,7 @@ def test_a_mask_written_to_later_is_read_where_it_is_used() -> None:
     reader = MaskReader(gm.graph)
     dims = {"query_dim": 0, "key_dim": 1, "form": "keep"}
     assert reader.prove(mask, **dims).opaque  # type: ignore[arg-type]
-    assert reader.prove(mask, **dims, at=early).is_top_left_causal  # type: ignore[arg-type]
+    assert reader.prove(mask, **dims, at=early).flags == Flags(causal=True)  # type: ignore[arg-type]
     assert reader.prove(mask, **dims, at=late).describe() == "causal, keys from 1"  # type: ignore[arg-type]
 
 

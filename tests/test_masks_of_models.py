@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from latent.rewriter.capture import capture
+from latent.rewriter.masks.terms import Flags
 from latent.rewriter.masks.prove import Causal, Form, MaskProof, MaskReader, Padding
 from mask_tools import Seen, visible
 from torch import fx
@@ -116,7 +117,7 @@ def test_packed_model_is_not_causal_alone() -> None:
     ((node, form, proof, seen), _) = captured("llama", "sdpa", "prefill", "none", False, False, packed=True)
     assert not proof.opaque
     assert "segments of cumsum" in proof.describe() and "causal" in proof.describe()
-    assert not proof.is_top_left_causal
+    assert not proof.flags == Flags(causal=True)
     assert torch.equal(seen.materialised(proof, node), visible(seen.values[node], form))
 
 

@@ -119,6 +119,14 @@ MaskTerm: TypeAlias = Causal | Window | Keys | Prefix | Chunk | BlockDiagonal | 
 
 
 @dataclass(frozen=True)
+class Flags:
+    """What a fused call is told instead of a mask: j <= i, and j > i - window where there is one."""
+
+    causal: bool = False
+    window: int = 0
+
+
+@dataclass(frozen=True)
 class MaskProof:
     """Key j is visible to query i exactly if all terms hold; without terms everything is visible."""
 
@@ -137,9 +145,17 @@ class MaskProof:
         return not self.terms
 
     @property
-    def is_top_left_causal(self) -> bool:
-        """Whether this is j <= i and nothing else: `is_causal=True` of sdpa."""
-        return self.terms == (Causal(sympy.S.Zero),)
+    def flags(self) -> Flags | None:
+        """The mask as flags of a fused call: j <= i, or i - window < j <= i; None for any other."""
+        match self.terms:
+            case (Causal(offset),) if offset == 0:
+                return Flags(causal=True)
+            case (Causal(offset), Window(lower)) | (Window(lower), Causal(offset)) if (
+                offset == 0 and lower.is_Integer and lower < 0
+            ):
+                return Flags(causal=True, window=-int(lower))
+            case _:
+                return None
 
     @property
     def opaque(self) -> tuple[Opaque, ...]:

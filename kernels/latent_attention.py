@@ -1,0 +1,319 @@
+"""latent::latent_attention: attention over latents, with the weights that lead to and from them.
+
+    key[h j]   = up_key[h] latent[j]      joined with key_rope[j]
+    value[h j] = up_value[h] latent[j] + value_bias[h]
+
+    absorbed:  softmax( scale · ((q up_key) · latent + q_rope · key_rope) ) latent up_valueᵀ
+    expanded:  keys and values of every head first, then ordinary attention
+
+Dimensions: B batch, H query heads, K heads of the weights (H = K · G), L heads of the latents (K a multiple of L), S
+query tokens, T key tokens, D and E the widths of keys and values of a head, R that of the rotary part, C of the latents.
+Both forms are exact (DeepSeek-V2, arXiv 2405.04434). Which one is faster depends on S: see `crossover`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from ..rewriter.nodes import args_of
+from ..rewriter.registry import LibraryCall, lowering
+from .generated import DTYPES, reference, unavailable
+from .spec import Call
+
+BLOCK = 1024
+"""Key tokens whose keys and values exist at a time in the expanded form."""
+
+ARGUMENTS = (
+    "(Tensor query, Tensor? query_rope, Tensor latent, Tensor? key_rope, Tensor? value_latent, Tensor up_key, "
+    "Tensor up_value, Tensor? value_bias, Tensor? mask, Tensor? sinks, float scale, float cap, bool causal, int window)"
+    " -> Tensor"
+)
+torch.library.define("latent::latent_attention", ARGUMENTS)
+torch.library.define("latent::latent_attention_either", ARGUMENTS)
+
+
+class LatentCall(NamedTuple):
+    """The arguments. query [B, H, S, D], query_rope [B, H, S, R], latent [B, L, T, C], key_rope [B, L or K, T, R],
+    value_latent [B, L, T, C'] (None: the latent of the keys), up_key [K, D, C], up_value [K, E, C'], value_bias
+    [1 or K, E]; the rest as in `spec.Call`."""
+
+    query: Tensor
+    query_rope: Tensor | None
+    latent: Tensor
+    key_rope: Tensor | None
+    value_latent: Tensor | None
+    up_key: Tensor
+    up_value: Tensor
+    value_bias: Tensor | None
+    mask: Tensor | None
+    sinks: Tensor | None
+    scale: float
+    cap: float
+    causal: bool
+    window: int
+
+    @property
+    def rope_per_head(self) -> bool:
+        """Whether heads that share a latent have rotary keys of their own."""
+        return self.key_rope is not None and self.key_rope.shape[1] != self.latent.shape[1]
+
+
+Core = Callable[[Call], Tensor]
+
+
+def _per_head(rows_BHSX: Tensor, weight_KXY: Tensor) -> Tensor:
+    """[B, H, S, X] times the matrix of its head, [K, X, Y]: [B, H, S, Y]. Each matrix is read once."""
+    B, H, S, X = rows_BHSX.shape
+    K, _, Y = weight_KXY.shape
+    rows = rows_BHSX.reshape(B, K, H // K * S, X).transpose(0, 1).reshape(K, B * (H // K) * S, X)
+    return (rows @ weight_KXY).reshape(K, B, H // K * S, Y).transpose(0, 1).reshape(B, H, S, Y)
+
+
+def absorbed(call: LatentCall, core: Core) -> Tensor:
+    """Attend in the latent space: [B, H, S, E]."""
+    query = _per_head(call.query, call.up_key)
+    query_rope, key_rope, mask = call.query_rope, call.key_rope, call.mask
+    if call.rope_per_head:
+        mask, query_rope, key_rope = _rope_as_bias(call), None, None
+    attended = core(
+        Call(
+            query,
+            query_rope,
+            call.latent,
+            key_rope,
+            call.value_latent,
+            mask,
+            call.sinks,
+            call.scale,
+            call.cap,
+            call.causal,
+            call.window,
+            0,
+        )
+    )
+    out = _per_head(attended, call.up_value.transpose(1, 2))
+    return (
+        out
+        if call.value_bias is None
+        else out + call.value_bias.repeat_interleave(out.shape[1] // call.value_bias.shape[0], 0)[:, None]
+    )
+
+
+def _rope_as_bias(call: LatentCall) -> Tensor:
+    """scale · q_rope · k_rope of every head, with the mask: what the latent scores are added to."""
+    assert call.query_rope is not None and call.key_rope is not None
+    B, H, S, R = call.query_rope.shape
+    K, T = call.key_rope.shape[1:3]
+    rows = call.query_rope.reshape(B, K, H // K * S, R)
+    bias = (rows @ call.key_rope.transpose(-1, -2)).reshape(B, H, S, T) * call.scale
+    if call.mask is None:
+        return bias
+    return bias.masked_fill(~call.mask, float("-inf")) if call.mask.dtype == torch.bool else bias + call.mask
+
+
+def expanded(call: LatentCall) -> Tensor:
+    """Keys and values of every head and then attention, differentiable: [B, H, S, E]."""
+    key, key_rope, value = _expand(call, 0, call.latent.shape[2])
+    if key_rope is not None:
+        key = torch.cat((key, key_rope), -1)
+    query = call.query if call.query_rope is None else torch.cat((call.query, call.query_rope), -1)
+    from .attention import attention
+
+    grouped = key.shape[1] != query.shape[1]
+    return attention(query, key, value, call.mask, call.sinks, call.scale, call.cap, call.causal, call.window, grouped)
+
+
+def _expand(call: LatentCall, start: int, stop: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Keys [B, K, t, D], their rotary parts and values [B, K, t, E] of the tokens from `start` to `stop`."""
+    K = call.up_key.shape[0]
+
+    def up(latent_BLTC: Tensor, weight_KXC: Tensor) -> Tensor:
+        B, L, _, C = latent_BLTC.shape
+        latent = latent_BLTC[:, :, start:stop]
+        X = weight_KXC.shape[1]
+        if L == 1:  # one product for all heads
+            wide = F.linear(latent.reshape(B, -1, C), weight_KXC.reshape(K * X, C))
+            return wide.reshape(B, -1, K, X).transpose(1, 2)
+        return latent.repeat_interleave(K // L, 1) @ weight_KXC.transpose(1, 2)
+
+    key = up(call.latent, call.up_key)
+    value = up(call.latent if call.value_latent is None else call.value_latent, call.up_value)
+    if call.value_bias is not None:
+        value = value + call.value_bias[:, None]
+    rope = call.key_rope
+    if rope is not None:
+        rope = rope[:, :, start:stop].repeat_interleave(K // rope.shape[1], 1)
+    return key, rope, value
+
+
+def plain(*arguments: Any) -> Tensor:
+    """The reference body: absorbed, in plain operators."""
+    return absorbed(LatentCall(*arguments), reference)
+
+
+torch.library.impl("latent::latent_attention", "CompositeImplicitAutograd", plain)
+
+
+# ** the expanded form, a block of keys at a time **
+
+
+def expanded_in_blocks(call: LatentCall, block: int = BLOCK) -> Tensor:
+    """Keys and values of `block` tokens at a time, their results merged by log-sum-exp: [B, H, S, E].
+
+    Blocks that no query sees, by the causal flag, the window or the mask, are not expanded.
+    """
+    B, H, S, _ = call.query.shape
+    T, E = call.latent.shape[2], call.up_value.shape[1]
+    query = call.query if call.query_rope is None else torch.cat((call.query, call.query_rope), -1)
+    out = query.new_zeros((B, H, S, E), dtype=torch.float32)
+    total = query.new_full((B, H, S), float("-inf"), dtype=torch.float32)
+    for start in range(0, T, block):
+        stop = min(start + block, T)
+        first = min(start, S) if call.causal else 0
+        last = min(S, stop - 1 + call.window) if call.window else S
+        if first >= last:
+            continue
+        bias = _bias(call, first, last, start, stop)
+        if bias is not None and bool((bias == float("-inf")).all()):
+            continue
+        key, key_rope, value = _expand(call, start, stop)
+        key = key if key_rope is None else torch.cat((key, key_rope), -1)
+        part, part_total = _partial(query[:, :, first:last], key, value, bias, call, first == start)
+        rows = slice(first, last)
+        _merge(out[:, :, rows], total[:, :, rows], part, part_total)
+    if call.sinks is not None:
+        sinks = call.sinks.float().view(1, H, 1)
+        out *= torch.sigmoid(total - sinks)[..., None]
+    return out.to(query.dtype)
+
+
+def _bias(call: LatentCall, first: int, last: int, start: int, stop: int) -> Tensor | None:
+    """What is added to the scores of these rows and columns, beyond a causal diagonal that starts at both: or None."""
+    mask = call.mask
+    if mask is not None:
+        rows = slice(first, last) if mask.shape[2] > 1 else slice(None)
+        mask = mask[:, :, rows, start:stop] if mask.shape[3] > 1 else mask[:, :, rows]
+        if mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape, dtype=call.query.dtype, device=mask.device).masked_fill(~mask, float("-inf"))
+    if not call.window:
+        return mask
+    i = torch.arange(first, last, device=call.query.device)[:, None]
+    j = torch.arange(start, stop, device=call.query.device)[None, :]
+    hidden = (j <= i - call.window) | (j > i if call.causal else torch.zeros_like(j > i))
+    bias = torch.zeros(hidden.shape, dtype=call.query.dtype, device=hidden.device)
+    bias = bias.masked_fill(hidden, float("-inf"))[None, None]
+    return bias if mask is None else bias + mask
+
+
+def _partial(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, call: LatentCall, diagonal: bool
+) -> tuple[Tensor, Tensor]:
+    """Attention to one block of keys [B, K, t, ...], and the log of the sum of its exponentials [B, H, rows]."""
+    B, H, rows, D = query.shape
+    if key.shape[1] != H:
+        key, value = (t.repeat_interleave(H // t.shape[1], 1) for t in (key, value))
+    causal = call.causal and not call.window and diagonal
+    if call.causal and not call.window and bias is not None and causal:
+        i = torch.arange(rows, device=query.device)[:, None]
+        hidden = torch.arange(key.shape[2], device=query.device)[None, :] > i
+        bias, causal = bias.masked_fill(hidden, float("-inf")), False
+    E = value.shape[3]
+    if query.device.type == "cpu" and not call.cap and E <= D:
+        mask = None if bias is None else bias.to(query.dtype).expand(B, H, rows, key.shape[2])
+        out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, F.pad(value, (0, D - E)), 0.0, causal, attn_mask=mask, scale=call.scale
+        )
+        nothing = total.isneginf() | total.isnan()
+        out = out[..., :E].float().masked_fill(nothing[..., None], 0.0)
+        return out, total.float().masked_fill(nothing, float("-inf"))
+    scores = (query @ key.transpose(-1, -2)).float() * call.scale
+    if call.cap:
+        scores = call.cap * torch.tanh(scores / call.cap)
+    if causal:
+        i = torch.arange(rows, device=query.device)[:, None]
+        scores = scores.masked_fill(torch.arange(key.shape[2], device=query.device)[None, :] > i, float("-inf"))
+    if bias is not None:
+        scores = scores + bias
+    total = torch.logsumexp(scores, -1)
+    weights = torch.exp(scores - total.clamp(min=torch.finfo(torch.float32).min)[..., None])
+    return (weights.to(value.dtype) @ value).float(), total
+
+
+def _merge(out: Tensor, total: Tensor, part: Tensor, part_total: Tensor) -> None:
+    """Two softmaxes over disjoint keys become one, in place."""
+    both = torch.logaddexp(total, part_total)
+    finite = both.clamp(min=torch.finfo(torch.float32).min)
+    out.mul_(torch.exp(total - finite)[..., None]).add_(part * torch.exp(part_total - finite)[..., None])
+    total.copy_(both)
+
+
+# ** the choice **
+
+
+def _generated(call: Call) -> Tensor:
+    return torch.ops.latent.generated_attention(*call)
+
+
+def absorbed_by_kernel(*arguments: Any) -> Tensor:
+    """The absorbed form around a generated kernel."""
+    return absorbed(LatentCall(*arguments), _generated)
+
+
+def expanded_with_gradient(*arguments: Any) -> Tensor:
+    return expanded(LatentCall(*arguments))
+
+
+def _threshold(call: LatentCall) -> float:
+    C, T = call.latent.shape[3], call.latent.shape[2]
+    made = call.up_key.shape[1] + call.up_value.shape[1]
+    below = T * (2 * C - made) + C * made
+    return C * made * T / below if below > 0 else float("inf")
+
+
+def either(*arguments: Any) -> Tensor:
+    """The form that is predicted to be faster for this many queries."""
+    call = LatentCall(*arguments)
+    if call.query.shape[2] < _threshold(call):
+        return absorbed(call, _generated)
+    return expanded_in_blocks(call)
+
+
+def shape_of_result(
+    query: Tensor,
+    query_rope: Any,
+    latent: Any,
+    key_rope: Any,
+    value_latent: Any,
+    up_key: Any,
+    up_value: Tensor,
+    *rest: Any,
+) -> Tensor:
+    return query.new_empty((*query.shape[:3], up_value.shape[1]))
+
+
+torch.library.impl("latent::latent_attention_either", "CPU", either)
+torch.library.impl("latent::latent_attention_either", "CUDA", either)
+torch.library.register_fake("latent::latent_attention_either", shape_of_result)
+
+
+@lowering("latent::latent_attention")
+def choose(node: fx.Node, gradients: bool) -> tuple[LibraryCall | Callable[..., Tensor] | None, str]:
+    """The form for one node, or the operator that chooses at run time, and the reason in words."""
+    call = LatentCall(*args_of(node))
+    query = node.meta["val"]
+    if gradients:
+        return expanded_with_gradient, "expanded: gradients are needed"
+    if query.dtype not in DTYPES or isinstance(call.scale, fx.Node):
+        return None, "absorbed, in plain operators"
+    if query.shape[2] == 1:
+        lost = unavailable(query.device.type)
+        return (None if lost else absorbed_by_kernel), "absorbed: one query token" + (
+            f", plain: {lost}" if lost else ""
+        )
+    target = torch.ops.latent.latent_attention_either.default
+    return LibraryCall(target, tuple(call), {}), "absorbed or expanded, by the number of query tokens at run time"

@@ -1,0 +1,291 @@
+"""Up-projections of latents go into the query and behind the attention: what is attended to is the latent itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from .. import rewrite
+from ..kernels import latent_attention as _latent_attention  # noqa: F401  # defines latent::latent_attention
+from ..rewriter.axes import Dim, Size, size_of
+from ..rewriter.canonical import (
+    Canonical,
+    Scoring,
+    emit_attention,
+    emit_mask,
+    emit_own_mask,
+    emit_query_scale,
+    emit_result,
+    emit_sinks,
+    place,
+    width_of,
+)
+from ..rewriter.emit import Emitter
+from ..rewriter.factors import Factored, Whole, factor
+from ..rewriter.masks.terms import Flags
+from ..rewriter.masks_of_site import proven_flags
+from ..rewriter.rules import Benefit, Cost, Match, Refusal
+from ..rewriter.score_form import HIDES, ScoreForm, Unusual, key_scaling, readable_sinks, score_form, unusual_weights
+from ..rewriter.sites import AttentionSite, Fill
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is absorbed: `key` out of the keys of score product `term`, `value`, or both; `rest` is left of the keys."""
+
+    site: AttentionSite
+    scores: ScoreForm
+    key: Factored | None
+    value: Factored | None
+    term: int
+    rest: tuple[tuple[int, Whole], ...]
+    flags: Flags | None
+
+    @property
+    def parts(self) -> tuple[Factored, ...]:
+        return tuple(part for part in (self.key, self.value) if part is not None)
+
+    @property
+    def form(self) -> Canonical:
+        return Canonical(self.site, folded=True)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the products with the latent."""
+        dtype: torch.dtype = self.parts[0].latent.node.meta["val"].dtype
+        return dtype
+
+    @property
+    def one_latent(self) -> bool:
+        """Whether keys and values are made of the same tensor."""
+        if self.key is None or self.value is None:
+            return False
+        key, value, space = self.key.latent, self.value.latent, self.site.space
+        wide = dict(zip(self.key.latent_width, self.value.latent_width, strict=False))
+        layout = tuple(tuple(wide.get(a, a) for a in dim) for dim in space.resolve_layout(key.chain[-1][1]))
+        return key.root is value.root and layout == space.resolve_layout(value.chain[-1][1])
+
+    def latent_heads(self, part: Factored | Whole) -> Dim:
+        """The head axes that a tensor of the keys tells apart."""
+        operand = part.latent if isinstance(part, Factored) else part.operand
+        found = self.site.space.axes(operand.chain[-1][1])
+        return tuple(axis for axis in self.form.heads if axis in found)
+
+
+@rewrite("absorb_up_projection", exact=True, before=("fuse_attention", "fold_repeated_heads", "replace_proven_mask"))
+class AbsorbUpProjection:
+    """q_h·(U_h c_j) = (U_hᵀ q_h)·c_j  and  sum_j p_j (V_h c_j) = V_h (sum_j p_j c_j): attend to the latents c."""
+
+    def match(self, site: AttentionSite) -> Match | Refusal:
+        keys = [(n, f) for n, term in enumerate(site.terms) for f in factor(term.key, width_of(site, n), site)]
+        values = factor(site.value, site.axes.value_width, site)
+        made = [(n, f) for n, f in keys if isinstance(f, Factored)]
+        rest = tuple((n, f) for n, f in keys if isinstance(f, Whole))
+        value = values[0] if len(values) == 1 and isinstance(values[0], Factored) else None
+        if not made and value is None:
+            return _not_linear([f for _, f in rest], site)
+        if len(made) > 1:
+            return Refusal("the keys are made by more than one product with weights", site.key.node)
+        if site.call is not None and site.call.opaque:
+            return Refusal(f"{site.call.name} also does what is not read here: {site.call.opaque}", site.anchor)
+        scores = score_form(site)
+        if isinstance(scores, Unusual):
+            return Refusal(scores.reason, scores.node)
+        if (unusual := unusual_weights(site) or readable_sinks(scores, site)) is not None:
+            return Refusal(unusual.reason, unusual.node)
+        term, key = made[0] if made else (0, None)
+        flags, mask = proven_flags(site)
+        plan = Plan(site, scores, key, value, term, rest, flags)
+        if (refusal := _unfit(plan)) is not None:
+            return refusal
+        return Match(site, {"plan": plan}, (mask,) if flags and mask is not None else (), _reads(plan))
+
+    def benefit(self, match: Match) -> Benefit:
+        """Expanded keys and values are neither computed nor written nor read; scores are as wide as the latent."""
+        plan: Plan = match.facts["plan"]
+        axes, item = match.site.axes, plan.dtype.itemsize
+        B, H, S, T = (size_of(d) for d in (axes.batch, axes.heads + axes.groups, axes.queries, axes.keys))
+        made: Size = 0
+        expanding: Size = 0
+        widening: Size = 0
+        for part in plan.parts:
+            C, K = size_of(part.latent_width), size_of(part.heads(match.site))
+            made += T * K * part.length
+            expanding += 2 * T * K * C * part.length
+            widening += 2 * S * H * (T * (C - part.length) + C * part.length)
+        if plan.key is not None and plan.value is not None:  # the operator has both forms and takes the faster one
+            widening = expanding
+        D = sum((f.length for _, f in plan.rest), 0) + (plan.key.length if plan.key else 0)
+        core = 2 * S * T * H * (D + size_of(axes.value_width))
+        read = item * B * T * sum(size_of(p.latent_width) for p in plan.parts[: 1 if plan.one_latent else None])
+        return Benefit(Cost(B * (core + expanding), read + 3 * item * B * made), Cost(B * (core + widening), read))
+
+    def build(self, match: Match, emit: Emitter) -> fx.Node:
+        plan: Plan = match.facts["plan"]
+        if plan.key is not None and plan.value is not None:
+            return _attend_to_latents(plan, plan.key, plan.value, emit)
+        return _attend_to_one(plan, emit)
+
+
+# ** match **
+
+
+def _not_linear(rest: list[Whole], site: AttentionSite) -> Refusal:
+    end = rest[0].end if rest else site.key.root
+    made = "an input of the graph" if end.op == "placeholder" else str(end.target)
+    return Refusal(f"keys and values are no product of weights and a narrower tensor: the keys come from {made}", end)
+
+
+def _unfit(plan: Plan) -> Refusal | None:
+    """Why the parts do not go together, or None."""
+    site, space, scores = plan.site, plan.site.space, plan.scores
+    for step in scores.scale_by:
+        if key_scaling(step, site, space):
+            return Refusal("the scores are scaled by a tensor that varies over the keys", step.node)
+    for fill in scores.masks:
+        if isinstance(fill, Fill) and fill.value > HIDES:
+            return Refusal(f"the mask fills with {fill.value:g}, which a row without keys would feel", fill.node)
+    keys = {*site.axes.batch, *space.resolve(site.axes.keys)}
+    made: Size = 0
+    narrow: Size = 0
+    for part in plan.parts:
+        heads, own = part.heads(site), plan.latent_heads(part)
+        if heads != plan.form.heads[: len(heads)] or own != heads[: len(own)]:
+            return Refusal("heads share latents or weights in an order that no product of matrices has", part.weight)
+        if not space.axes(part.latent.chain[-1][1]) <= {*keys, *own, *space.resolve(part.latent_width)}:
+            return Refusal("the latents vary over something else than batch, heads and keys", part.latent.node)
+        made = made + size_of(heads) * part.length
+        if not (part is plan.value and plan.one_latent):
+            narrow = narrow + size_of(own) * size_of(part.latent_width)
+    if isinstance(made, int) and isinstance(narrow, int) and narrow >= made:
+        return Refusal(f"{made} numbers of a token are made of {narrow}: that is no narrower tensor", site.key.node)
+    if plan.key is not None and plan.key.bias is not None and (scores.sinks or scores.cap):
+        return Refusal("the keys have a bias, which only a plain softmax ignores", plan.key.bias)
+    if plan.key is not None and plan.value is not None:
+        if plan.key.heads(site) != plan.value.heads(site) or plan.latent_heads(plan.key) != plan.latent_heads(
+            plan.value
+        ):
+            return Refusal("the latents or weights of keys and values differ in their heads", plan.value.weight)
+        for _, whole in plan.rest:
+            if not _shared(plan, whole) and scores.cap:
+                return Refusal("a part of the keys has heads of its own, and the scores are capped", whole.end)
+    elif plan.key is not None and plan.rest:
+        return Refusal(
+            "a part of the keys and all values are no product of weights and a narrower tensor", site.value.root
+        )
+    return None
+
+
+def _shared(plan: Plan, whole: Whole) -> bool:
+    """Whether heads that share a latent share this part of the keys as well."""
+    assert plan.key is not None
+    return set(plan.latent_heads(whole)) <= set(plan.latent_heads(plan.key))
+
+
+def _reads(plan: Plan) -> tuple[tuple[fx.Node, fx.Node], ...]:
+    """The tensors that the replacement reads, and where they were read before."""
+    parts = [(node, part.contraction) for part in plan.parts for node in (part.latent.node, part.weight, part.bias)]
+    return tuple((n, at) for n, at in parts if n is not None) + tuple((w.end, w.reader) for _, w in plan.rest)
+
+
+# ** build **
+
+
+def _attend_to_latents(plan: Plan, key: Factored, value: Factored, emit: Emitter) -> fx.Node:
+    """latent::latent_attention, with the weights as views of what they are views of already."""
+    site, form, dtype = plan.site, plan.form, plan.dtype
+    axes, heads, own = site.axes, key.heads(site), plan.latent_heads(key)
+
+    def of_keys(heads: Dim, width: Dim) -> tuple[Dim, ...]:
+        return (axes.batch, heads, axes.keys, width)
+
+    latent = emit.cast(place(emit, key.latent, of_keys(own, key.latent_width), site), dtype)
+    value_latent = None
+    if not plan.one_latent:
+        value_latent = emit.cast(place(emit, value.latent, of_keys(own, value.latent_width), site), dtype)
+    query, scale = emit_query_scale(emit, form, plan.scores, _query(plan, emit, plan.term, key), dtype)
+    query_rope = key_rope = None
+    if plan.rest:
+        shared = all(_shared(plan, whole) for _, whole in plan.rest)
+        queries, keys = [], []
+        for n, whole in plan.rest:
+            columns = of_keys(own if shared else heads, whole.width)
+            queries.append(emit_query_scale(emit, form, plan.scores, _query(plan, emit, n, whole), dtype)[0])
+            keys.append(emit.cast(place(emit, whole.operand, columns, site), dtype))
+        query_rope, key_rope = (t[0] if len(t) == 1 else emit.call(aten.cat.default, t, -1) for t in (queries, keys))
+    scoring = _scoring(plan, emit, query, scale)
+    arguments = (
+        query,
+        query_rope,
+        latent,
+        key_rope,
+        value_latent,
+        key.emit_weight(emit, site, heads, dtype),
+        value.emit_weight(emit, site, heads, dtype),
+        value.emit_bias(emit, site, heads, dtype),
+        scoring.mask,
+        scoring.sinks,
+        scoring.scale,
+        scoring.cap,
+        scoring.causal,
+        scoring.window,
+    )
+    target = torch.ops.latent.latent_attention.default
+    return emit_result(emit, form, emit.known(target, _latent_attention.shape_of_result, *arguments))
+
+
+def _attend_to_one(plan: Plan, emit: Emitter) -> fx.Node:
+    """Only the keys or only the values are latents: latent::attention whose other operand is as it was."""
+    site, form, dtype = plan.site, plan.form, plan.dtype
+    (part,) = plan.parts
+    columns = (site.axes.batch, form.heads, site.axes.keys, part.latent_width)
+    latent = emit.cast(place(emit, part.latent, columns, site), dtype)
+    weight = part.emit_weight(emit, site, form.heads, dtype)
+    queries = [(n, width_of(site, n), term) for n, term in enumerate(site.terms)]
+    wide = Canonical(site, folded=False)
+    if part is plan.key:
+        query, scale = emit_query_scale(emit, form, plan.scores, _query(plan, emit, plan.term, part), dtype)
+        query = emit.call(aten.matmul.default, query, weight)
+        value = emit.cast(place(emit, site.value, wide.columns(site.axes.value_width), site), dtype)
+        return emit_attention(emit, wide, query, latent, value, _scoring(plan, emit, query, scale))
+    rows = [emit.cast(place(emit, term.query, form.rows(width), site), dtype) for _, width, term in queries]
+    keys = [emit.cast(place(emit, term.key, wide.columns(width), site), dtype) for _, width, term in queries]
+    rows = [
+        q if t.factor == 1.0 else emit.call(aten.mul.Tensor, q, t.factor)
+        for q, (_, _, t) in zip(rows, queries, strict=True)
+    ]
+    query, key = (t[0] if len(t) == 1 else emit.call(aten.cat.default, t, -1) for t in (rows, keys))
+    query, scale = emit_query_scale(emit, form, plan.scores, query, dtype)
+    scoring = _scoring(plan, emit, query, scale)
+    how = (scoring.mask, scoring.sinks, scoring.scale, scoring.cap, scoring.causal, scoring.window, False)
+    out = emit.call(torch.ops.latent.attention.default, query, key, latent, *how)
+    out = emit.call(aten.matmul.default, out, emit.call(aten.transpose.int, weight, 1, 2))
+    bias = part.emit_bias(emit, site, form.heads, dtype)
+    if bias is not None:
+        out = emit.call(aten.add.Tensor, out, emit.call(aten.unsqueeze.default, bias, 1))
+    return emit_result(emit, form, out)
+
+
+def _query(plan: Plan, emit: Emitter, term: int, part: Factored | Whole) -> fx.Node:
+    """The columns of the query that meet a part of the keys: [B H S width]."""
+    site = plan.site
+    width = width_of(site, term)
+    query = place(emit, site.terms[term].query, plan.form.rows(width), site)
+    if part.length != size_of(width):
+        query = emit.call(aten.slice.Tensor, query, 3, part.start, part.start + part.length)
+    factor = site.terms[term].factor
+    return query if factor == 1.0 else emit.call(aten.mul.Tensor, query, factor)
+
+
+def _scoring(plan: Plan, emit: Emitter, query: fx.Node, scale: float | fx.Node) -> Scoring:
+    form, call = plan.form, plan.site.call
+    sinks = emit_sinks(emit, form, plan.scores)
+    causal, window = (call.causal, call.window) if call is not None else (False, 0)
+    if plan.flags is not None:
+        return Scoring(scale, None, sinks, plan.scores.cap or 0.0, plan.flags.causal, plan.flags.window)
+    mask = emit_own_mask(emit, form) if call is not None else emit_mask(emit, form, plan.scores, query)[0]
+    return Scoring(scale, mask, sinks, plan.scores.cap or 0.0, causal, window)

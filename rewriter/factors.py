@@ -1,0 +1,274 @@
+"""An operand of attention as a product of weights and a narrower tensor, by the axis algebra.
+
+    key[b h j d]   =   sum_c  up[h d c] latent[b j c] + bias[h d]        for each part of the width d
+
+The walk goes against the data from the operand through layout operations, casts, joins along the width and numbers that
+scale, up to a contraction with a tensor that has neither batch nor key axes. What is met before such a contraction is
+left whole: a rotated part, or a cache of expanded keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from .axes import Axis, AxisSpace, Dim, Layout, Size, flat, same_size, size_of
+from .contractions import Contraction, contraction
+from .emit import Emitter
+from .layouts import Part, is_cast, is_tensor, layout_step, shape_of
+from .nodes import args_of, argument
+from .roles import peel
+from .scalars import read_scalar
+from .sites import AttentionSite, Operand
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Cut:
+    """`taken` are the elements of `whole` from `start` on."""
+
+    taken: Dim
+    whole: Dim
+    start: Size
+    length: Size
+
+
+@dataclass(frozen=True)
+class Factored:
+    """Columns start .. of the operand's width: weights times a latent, plus a bias, times a number."""
+
+    start: Size
+    length: Size
+    width: Dim
+    latent: Operand
+    latent_width: Dim
+    weight: fx.Node
+    weight_layout: Layout
+    contraction: fx.Node
+    bias: fx.Node | None = None
+    bias_layout: Layout = ()
+    factor: float = 1.0
+    cuts: tuple[Cut, ...] = ()
+
+    def emit_weight(self, emit: Emitter, site: AttentionSite, heads: Dim, dtype: torch.dtype) -> fx.Node:
+        """[heads, width, latent width], a view of the weight."""
+        return self._emit(emit, site, self.weight, self.weight_layout, (heads, self.width, self.latent_width), dtype)
+
+    def emit_bias(self, emit: Emitter, site: AttentionSite, heads: Dim, dtype: torch.dtype) -> fx.Node | None:
+        """[heads or 1, width]."""
+        if self.bias is None:
+            return None
+        return self._emit(emit, site, self.bias, self.bias_layout, (heads, self.width), dtype)
+
+    def _emit(
+        self, emit: Emitter, site: AttentionSite, node: fx.Node, layout: Layout, target: Layout, dtype: torch.dtype
+    ) -> fx.Node:
+        space = site.space
+        for cut in reversed(self.cuts):  # the one nearest to the weight first
+            layout, whole = space.resolve_layout(layout), space.resolve(cut.whole)
+            merged = (whole, *(dim for dim in ((a,) for a in flat(layout)) if dim[0] not in whole))
+            node = emit.relayout(node, layout, merged)
+            end = cut.start + cut.length
+            node = emit.call(aten.slice.Tensor, node, 0, cut.start, end)
+            layout = (cut.taken, *merged[1:])
+        node = emit.cast(emit.relayout(node, layout, target), dtype)
+        return node if self.factor == 1.0 else emit.call(aten.mul.Tensor, node, self.factor)
+
+    def heads(self, site: AttentionSite) -> Dim:
+        """The head axes that the weight tells apart."""
+        space = site.space
+        found = set(space.axes(self.weight_layout))
+        for cut in self.cuts:
+            found |= space.axes((cut.taken,))
+        return tuple(a for a in (*site.axes.heads, *site.axes.groups) if a in found)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Columns start .. of the operand's width that are no such product, and the node at which the walk ended."""
+
+    start: Size
+    length: Size
+    width: Dim
+    operand: Operand
+    reader: fx.Node
+    """What reads the end of the operand's chain."""
+
+    @property
+    def end(self) -> fx.Node:
+        return self.operand.root
+
+
+Factor = Factored | Whole
+
+
+def factor(operand: Operand, width: Dim, site: AttentionSite) -> tuple[Factor, ...]:
+    """The parts of an operand's width, in order."""
+    start = _State(operand.node, operand.layout, 0, width)
+    return tuple(_walk(start, site))
+
+
+@dataclass(frozen=True)
+class _State:
+    """Where the walk is: the node, its layout, the columns that it makes, and what was passed on the way."""
+
+    node: fx.Node
+    layout: Layout
+    start: Size
+    width: Dim
+    top: tuple[fx.Node, Layout] | None = None
+    joined_by: fx.Node | None = None
+    cuts: tuple[Cut, ...] = ()
+    factor: float = 1.0
+
+
+def _walk(state: _State, site: AttentionSite) -> list[Factor]:
+    space = site.space
+    top = state.top or (state.node, state.layout)
+    while True:
+        node, layout = state.node, space.resolve_layout(state.layout)
+        if (step := layout_step(node)) is not None:
+            if isinstance(step, Part):
+                state = _uncut(state, step, space)
+                continue
+            before = step.undo(layout, space)
+            if before is None:
+                break
+            state = replace(state, node=step.source, layout=before)
+        elif is_cast(node) and is_tensor(args_of(node)[0]):
+            state = replace(state, node=args_of(node)[0], layout=layout)
+        elif (scaled := _scaled(node)) is not None:
+            state = replace(state, node=scaled[0], layout=layout, factor=state.factor * scaled[1])
+        elif (parts := _joined(state, layout, space)) is not None:
+            return [found for part in parts for found in _walk(part, site)]
+        elif (found := _product(state, layout, site)) is not None:
+            return [found]
+        else:
+            break
+    width = space.resolve(state.width)
+    operand = peel(*top, space)
+    reader = operand.chain[-2][0] if len(operand.chain) > 1 else state.joined_by or site.region[0]
+    return [Whole(state.start, size_of(width), width, operand, reader)]
+
+
+def _uncut(state: _State, step: Part, space: AxisSpace) -> _State:
+    """Against a slice, a split or a select: the dimension was a part of a wider one."""
+    layout = space.resolve_layout(state.layout)
+    whole = space.fresh("w", shape_of(step.source)[step.dim])
+    taken = () if step.drop else layout[step.dim]
+    rest = layout[step.dim :] if step.drop else layout[step.dim + 1 :]
+    cut = Cut(taken, whole, step.start, step.length)
+    return replace(state, node=step.source, layout=(*layout[: step.dim], whole, *rest), cuts=(*state.cuts, cut))
+
+
+def _scaled(node: fx.Node) -> tuple[fx.Node, float] | None:
+    """x * number, x / number."""
+    if node.target not in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar):
+        return None
+    a, b = args_of(node)[:2]
+    if node.target in (aten.mul.Tensor, aten.mul.Scalar) and not is_tensor(a):
+        a, b = b, a
+    number = read_scalar(b)
+    if not is_tensor(a) or number is None or len(shape_of(a)) != len(shape_of(node)) or not number:
+        return None
+    return a, number if node.target in (aten.mul.Tensor, aten.mul.Scalar) else 1.0 / number
+
+
+def _joined(state: _State, layout: Layout, space: AxisSpace) -> list[_State] | None:
+    """cat along the width: a state for each part."""
+    node = state.node
+    if node.target is not aten.cat.default or state.cuts:
+        return None
+    dim = int(argument(node, 1, "dim", 0)) % len(layout)
+    if not layout[dim] or layout[dim] != space.resolve(state.width):
+        return None
+    states: list[_State] = []
+    start = state.start
+    for part in args_of(node)[0]:
+        length = shape_of(part)[dim]
+        own = space.fresh("d", length)
+        inner = (*layout[:dim], own, *layout[dim + 1 :])
+        states.append(_State(part, inner, start, own, None, node, (), state.factor))
+        start = start + length
+    return states
+
+
+def _product(state: _State, layout: Layout, site: AttentionSite) -> Factored | None:
+    """The node as weights times a latent, or None."""
+    found = contraction(state.node)
+    if found is None or len(found.summed) != 1 or found.alpha != 1.0 or found.beta != 1.0:
+        return None
+    for latent_is_lhs in (True, False):
+        factored = _read(state, layout, found, latent_is_lhs, site)
+        if factored is not None:
+            return factored
+    return None
+
+
+def _read(
+    state: _State, layout: Layout, found: Contraction, latent_is_lhs: bool, site: AttentionSite
+) -> Factored | None:
+    space = site.space
+    if len(found.out_labels) != len(layout):
+        return None
+    of_label = {label: dim for label, dim in zip(found.out_labels, layout, strict=True) if label is not None}
+    (summed,) = found.summed
+    latent, weight = (found.lhs, found.rhs) if latent_is_lhs else (found.rhs, found.lhs)
+    latent_labels, weight_labels = (
+        (found.lhs_labels, found.rhs_labels) if latent_is_lhs else (found.rhs_labels, found.lhs_labels)
+    )
+    size = shape_of(latent)[latent_labels.index(summed)]
+    width = space.fresh("c", size)
+    if not width:
+        return None
+    of_label[summed] = width
+
+    def layout_of(labels: tuple[str | None, ...]) -> Layout:
+        return tuple(() if label is None else of_label.get(label, ()) for label in labels)
+
+    latent_layout, weight_layout = layout_of(latent_labels), layout_of(weight_labels)
+    tokens = {*site.axes.batch, *site.axes.keys}
+    own_width = _with_wholes(space.resolve(state.width), state.cuts, space)
+    if space.axes(weight_layout) & tokens or space.axes(latent_layout) & own_width:
+        return None
+    if not set(space.resolve(site.axes.keys)) <= space.axes(latent_layout):
+        return None
+    bias_layout = _aligned(found.addend, layout)
+    if space.axes(bias_layout) & tokens:
+        return None
+    resolved = space.resolve(state.width)
+    return Factored(
+        start=state.start,
+        length=size_of(resolved),
+        width=resolved,
+        latent=peel(latent, latent_layout, space),
+        latent_width=width,
+        weight=weight,
+        weight_layout=weight_layout,
+        contraction=state.node,
+        bias=found.addend,
+        bias_layout=bias_layout,
+        factor=state.factor,
+        cuts=state.cuts,
+    )
+
+
+def _aligned(addend: fx.Node | None, layout: Layout) -> Layout:
+    """The layout of what is added to a tensor, its last dimensions under the tensor's last."""
+    if addend is None:
+        return ()
+    shape = shape_of(addend)
+    dims = layout[len(layout) - len(shape) :]
+    return tuple(() if same_size(n, 1) else dim for n, dim in zip(shape, dims, strict=True))
+
+
+def _with_wholes(width: Dim, cuts: tuple[Cut, ...], space: AxisSpace) -> set[Axis]:
+    """The axes of the width, and those of which they are a part."""
+    found = set(width)
+    for cut in cuts:
+        if set(space.resolve(cut.taken)) & found or not cut.taken:
+            found |= set(space.resolve(cut.whole))
+    return found
