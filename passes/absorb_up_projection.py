@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from .. import rewrite
-from ..kernels import latent_attention as _latent_attention  # noqa: F401  # defines latent::latent_attention
+from ..kernels import latent_attention as _latent_attention  # defines latent::latent_attention
 from ..rewriter.axes import Dim, Size, size_of
 from ..rewriter.canonical import (
     Canonical,
@@ -64,10 +64,14 @@ class Plan:
         """Whether keys and values are made of the same tensor."""
         if self.key is None or self.value is None:
             return False
-        key, value, space = self.key.latent, self.value.latent, self.site.space
-        wide = dict(zip(self.key.latent_width, self.value.latent_width, strict=False))
-        layout = tuple(tuple(wide.get(a, a) for a in dim) for dim in space.resolve_layout(key.chain[-1][1]))
-        return key.root is value.root and layout == space.resolve_layout(value.chain[-1][1])
+        key, value, site = self.key, self.value, self.site
+        if (key.tokens and key.tokens.start) != (value.tokens and value.tokens.start):
+            return False
+        pairs = ((key.latent_width, value.latent_width), (key.keys(site), value.keys(site)))
+        same = {a: b for one, other in pairs for a, b in zip(one, other, strict=False)}
+        root, layout = key.latent.chain[-1]
+        layout = tuple(tuple(same.get(a, a) for a in dim) for dim in site.space.resolve_layout(layout))
+        return (root, layout) == (value.latent.root, site.space.resolve_layout(value.latent.chain[-1][1]))
 
     def latent_heads(self, part: Factored | Whole) -> Dim:
         """The head axes that a tensor of the keys tells apart."""
@@ -149,14 +153,18 @@ def _unfit(plan: Plan) -> Refusal | None:
     for fill in scores.masks:
         if isinstance(fill, Fill) and fill.value > HIDES:
             return Refusal(f"the mask fills with {fill.value:g}, which a row without keys would feel", fill.node)
-    keys = {*site.axes.batch, *space.resolve(site.axes.keys)}
     made: Size = 0
     narrow: Size = 0
     for part in plan.parts:
         heads, own = part.heads(site), plan.latent_heads(part)
         if heads != plan.form.heads[: len(heads)] or own != heads[: len(own)]:
             return Refusal("heads share latents or weights in an order that no product of matrices has", part.weight)
-        if not space.axes(part.latent.chain[-1][1]) <= {*keys, *own, *space.resolve(part.latent_width)}:
+        if not space.axes(part.latent.chain[-1][1]) <= {
+            *site.axes.batch,
+            *part.keys(site),
+            *own,
+            *space.resolve(part.latent_width),
+        }:
             return Refusal("the latents vary over something else than batch, heads and keys", part.latent.node)
         made = made + size_of(heads) * part.length
         if not (part is plan.value and plan.one_latent):
@@ -198,24 +206,20 @@ def _reads(plan: Plan) -> tuple[tuple[fx.Node, fx.Node], ...]:
 def _attend_to_latents(plan: Plan, key: Factored, value: Factored, emit: Emitter) -> fx.Node:
     """latent::latent_attention, with the weights as views of what they are views of already."""
     site, form, dtype = plan.site, plan.form, plan.dtype
-    axes, heads, own = site.axes, key.heads(site), plan.latent_heads(key)
+    heads, own = key.heads(site), plan.latent_heads(key)
 
-    def of_keys(heads: Dim, width: Dim) -> tuple[Dim, ...]:
-        return (axes.batch, heads, axes.keys, width)
-
-    latent = emit.cast(place(emit, key.latent, of_keys(own, key.latent_width), site), dtype)
+    latent = key.emit_of_keys(emit, site, key.latent, own, key.latent_width, dtype)
     value_latent = None
     if not plan.one_latent:
-        value_latent = emit.cast(place(emit, value.latent, of_keys(own, value.latent_width), site), dtype)
+        value_latent = value.emit_of_keys(emit, site, value.latent, own, value.latent_width, dtype)
     query, scale = emit_query_scale(emit, form, plan.scores, _query(plan, emit, plan.term, key), dtype)
     query_rope = key_rope = None
     if plan.rest:
         shared = all(_shared(plan, whole) for _, whole in plan.rest)
         queries, keys = [], []
         for n, whole in plan.rest:
-            columns = of_keys(own if shared else heads, whole.width)
             queries.append(emit_query_scale(emit, form, plan.scores, _query(plan, emit, n, whole), dtype)[0])
-            keys.append(emit.cast(place(emit, whole.operand, columns, site), dtype))
+            keys.append(whole.emit_of_keys(emit, site, whole.operand, own if shared else heads, whole.width, dtype))
         query_rope, key_rope = (t[0] if len(t) == 1 else emit.call(aten.cat.default, t, -1) for t in (queries, keys))
     scoring = _scoring(plan, emit, query, scale)
     arguments = (
@@ -242,8 +246,7 @@ def _attend_to_one(plan: Plan, emit: Emitter) -> fx.Node:
     """Only the keys or only the values are latents: latent::attention whose other operand is as it was."""
     site, form, dtype = plan.site, plan.form, plan.dtype
     (part,) = plan.parts
-    columns = (site.axes.batch, form.heads, site.axes.keys, part.latent_width)
-    latent = emit.cast(place(emit, part.latent, columns, site), dtype)
+    latent = part.emit_of_keys(emit, site, part.latent, form.heads, part.latent_width, dtype)
     weight = part.emit_weight(emit, site, form.heads, dtype)
     queries = [(n, width_of(site, n), term) for n, term in enumerate(site.terms)]
     wide = Canonical(site, folded=False)

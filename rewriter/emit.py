@@ -131,6 +131,10 @@ class Emitter:
 
     # -------------------------------------------------------------- layouts
 
+    def learn(self, known: Iterable[tuple[fx.Node, Layout]]) -> None:
+        """Tensors beside the site's operands whose layouts tell the sizes of axes."""
+        self._known += known
+
     def size(self, axes: Dim) -> Any:
         """The size of a dimension as a number or as a node that computes it."""
         result: Any = 1

@@ -9,12 +9,14 @@ left whole: a rotated part, or a cache of expanded keys.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
 from .axes import Axis, AxisSpace, Dim, Layout, Size, flat, same_size, size_of
+from .canonical import place
 from .contractions import Contraction, contraction
 from .emit import Emitter
 from .layouts import Part, is_cast, is_tensor, layout_step, shape_of
@@ -37,12 +39,36 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Factored:
-    """Columns start .. of the operand's width: weights times a latent, plus a bias, times a number."""
+class _Part:
+    """Columns start .. of the operand's width. With `tokens` the operand has only some of the tensor's tokens."""
 
     start: Size
     length: Size
     width: Dim
+    tokens: Cut | None
+
+    def keys(self, site: AttentionSite) -> Dim:
+        """The axes of the tokens in the tensors that the part is made of."""
+        return site.space.resolve(site.axes.keys if self.tokens is None else self.tokens.whole)
+
+    def emit_of_keys(
+        self, emit: Emitter, site: AttentionSite, operand: Operand, heads: Dim, width: Dim, dtype: torch.dtype
+    ) -> fx.Node:
+        """A tensor of the part as [batch, heads, keys, width]."""
+        emit.learn(operand.chain)
+        node = place(emit, operand, (site.axes.batch, heads, self.keys(site), width), site)
+        if self.tokens is not None:
+            length = emit.size(site.space.resolve(site.axes.keys))
+            start = self.tokens.start
+            end = length + start if isinstance(length, int) else emit.call(operator.add, length, start)
+            node = emit.call(aten.slice.Tensor, node, 2, start, end)
+        return emit.cast(node, dtype)
+
+
+@dataclass(frozen=True)
+class Factored(_Part):
+    """Columns start .. of the operand's width: weights times a latent, plus a bias, times a number."""
+
     latent: Operand
     latent_width: Dim
     weight: fx.Node
@@ -87,12 +113,9 @@ class Factored:
 
 
 @dataclass(frozen=True)
-class Whole:
+class Whole(_Part):
     """Columns start .. of the operand's width that are no such product, and the node at which the walk ended."""
 
-    start: Size
-    length: Size
-    width: Dim
     operand: Operand
     reader: fx.Node
     """What reads the end of the operand's chain."""
@@ -123,6 +146,7 @@ class _State:
     joined_by: fx.Node | None = None
     cuts: tuple[Cut, ...] = ()
     factor: float = 1.0
+    tokens: Cut | None = None
 
 
 def _walk(state: _State, site: AttentionSite) -> list[Factor]:
@@ -132,12 +156,14 @@ def _walk(state: _State, site: AttentionSite) -> list[Factor]:
         node, layout = state.node, space.resolve_layout(state.layout)
         if (step := layout_step(node)) is not None:
             if isinstance(step, Part):
-                state = _uncut(state, step, space)
+                if (before := _uncut(state, step, site)) is None:
+                    break
+                state = before
                 continue
-            before = step.undo(layout, space)
-            if before is None:
+            undone = step.undo(layout, space)
+            if undone is None:
                 break
-            state = replace(state, node=step.source, layout=before)
+            state = replace(state, node=step.source, layout=undone)
         elif is_cast(node) and is_tensor(args_of(node)[0]):
             state = replace(state, node=args_of(node)[0], layout=layout)
         elif (scaled := _scaled(node)) is not None:
@@ -151,17 +177,36 @@ def _walk(state: _State, site: AttentionSite) -> list[Factor]:
     width = space.resolve(state.width)
     operand = peel(*top, space)
     reader = operand.chain[-2][0] if len(operand.chain) > 1 else state.joined_by or site.region[0]
-    return [Whole(state.start, size_of(width), width, operand, reader)]
+    return [Whole(state.start, size_of(width), width, state.tokens, operand, reader)]
 
 
-def _uncut(state: _State, step: Part, space: AxisSpace) -> _State:
+def _uncut(state: _State, step: Part, site: AttentionSite) -> _State | None:
     """Against a slice, a split or a select: the dimension was a part of a wider one."""
+    space = site.space
     layout = space.resolve_layout(state.layout)
+    if set(space.resolve(site.axes.keys)) & set(layout[step.dim]):
+        return _uncut_tokens(state, step, layout, site)
     whole = space.fresh("w", shape_of(step.source)[step.dim])
     taken = () if step.drop else layout[step.dim]
     rest = layout[step.dim :] if step.drop else layout[step.dim + 1 :]
     cut = Cut(taken, whole, step.start, step.length)
     return replace(state, node=step.source, layout=(*layout[: step.dim], whole, *rest), cuts=(*state.cuts, cut))
+
+
+def _uncut_tokens(state: _State, step: Part, layout: Layout, site: AttentionSite) -> _State | None:
+    """Against a slice of the tokens: weights are the same for each, so what they are applied to is sliced instead."""
+    space = site.space
+    if (
+        step.drop
+        or not isinstance(step.start, int)
+        or layout[step.dim] != space.resolve(site.axes.keys)
+        or state.tokens is not None
+    ):
+        return None
+    whole = space.fresh("J", shape_of(step.source)[step.dim])
+    cut = Cut(layout[step.dim], whole, step.start, step.length)
+    before = (*layout[: step.dim], whole, *layout[step.dim + 1 :])
+    return replace(state, node=step.source, layout=before, tokens=cut, top=(step.source, before), joined_by=state.node)
 
 
 def _scaled(node: fx.Node) -> tuple[fx.Node, float] | None:
@@ -191,7 +236,7 @@ def _joined(state: _State, layout: Layout, space: AxisSpace) -> list[_State] | N
         length = shape_of(part)[dim]
         own = space.fresh("d", length)
         inner = (*layout[:dim], own, *layout[dim + 1 :])
-        states.append(_State(part, inner, start, own, None, node, (), state.factor))
+        states.append(_State(part, inner, start, own, None, node, (), state.factor, state.tokens))
         start = start + length
     return states
 
@@ -230,11 +275,12 @@ def _read(
         return tuple(() if label is None else of_label.get(label, ()) for label in labels)
 
     latent_layout, weight_layout = layout_of(latent_labels), layout_of(weight_labels)
-    tokens = {*site.axes.batch, *site.axes.keys}
+    keys = set(space.resolve(site.axes.keys if state.tokens is None else state.tokens.whole))
+    tokens = {*site.axes.batch, *keys}
     own_width = _with_wholes(space.resolve(state.width), state.cuts, space)
     if space.axes(weight_layout) & tokens or space.axes(latent_layout) & own_width:
         return None
-    if not set(space.resolve(site.axes.keys)) <= space.axes(latent_layout):
+    if not keys <= space.axes(latent_layout):
         return None
     bias_layout = _aligned(found.addend, layout)
     if space.axes(bias_layout) & tokens:
@@ -244,6 +290,7 @@ def _read(
         start=state.start,
         length=size_of(resolved),
         width=resolved,
+        tokens=state.tokens,
         latent=peel(latent, latent_layout, space),
         latent_width=width,
         weight=weight,

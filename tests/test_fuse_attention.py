@@ -49,9 +49,24 @@ def test_two_products_are_one_of_twice_the_width() -> None:
     assert found.verdict.outcome == "applied" and found.error < 1e-5
 
 
+FUSED = {
+    "soft cap": lambda q, k, v: (torch.tanh(q @ k.mT / 5) * 5).softmax(-1) @ v,
+    "off by one": lambda q, k, v: F.pad(q @ k.mT, (0, 1)).softmax(-1)[..., :-1] @ v,
+    "sinks of heads": lambda q, k, v: (
+        torch.cat((q @ k.mT, q[0, :, 0, 0].reshape(1, H, 1, 1).expand(B, H, S, 1)), -1).softmax(-1)[..., :-1] @ v
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_caps_and_sinks_are_part_of_the_operator(name: str) -> None:
+    found = outcome("fuse_attention", FUSED[name], *qkv())
+    assert found.verdict.outcome == "applied" and found.error < 1e-5
+
+
 REFUSED = {
-    "soft-capped": lambda q, k, v: (torch.tanh(q @ k.mT / 5) * 5).softmax(-1) @ v,
-    "sinks": lambda q, k, v: F.pad(q @ k.mT, (0, 1)).softmax(-1)[..., :-1] @ v,
+    "differ from token to token": lambda q, k, v: torch.cat((q @ k.mT, q[..., :1]), -1).softmax(-1)[..., :-1] @ v,
+
     "read by something else": lambda q, k, v: (w := (q @ k.mT).softmax(-1)) @ v + w.sum(),
     "dropout of the weights is active": lambda q, k, v: F.dropout((q @ k.mT).softmax(-1), 0.5, True) @ v,
     "multiplied by a tensor after the softmax": lambda q, k, v: ((q @ k.mT).softmax(-1) * k[:, :, :1, :1]) @ v,

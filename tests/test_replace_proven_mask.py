@@ -30,8 +30,8 @@ CAUSAL = {
 NOT_CAUSAL = {
     "one above the diagonal": lambda S, T: torch.ones(S, T, dtype=torch.bool).tril(1),
     "reversed": lambda S, T: torch.arange(T)[None, :] >= torch.arange(S)[:, None],
-    "a window": lambda S, T: (
-        (torch.arange(T) <= torch.arange(S)[:, None]) & (torch.arange(T) > torch.arange(S)[:, None] - 3)
+    "a window that looks ahead": lambda S, T: (
+        (torch.arange(T) <= torch.arange(S)[:, None] + 1) & (torch.arange(T) > torch.arange(S)[:, None] - 3)
     ),
     "one entry more": lambda S, T: (
         torch.ones(S, T, dtype=torch.bool).tril() | ((torch.arange(S)[:, None] == 1) & (torch.arange(T) == 4))
@@ -44,6 +44,16 @@ NOT_CAUSAL = {
 def test_causal_in_every_spelling_costs_no_tensor(name: str, keys: int) -> None:
     found = outcome("replace_proven_mask", lambda q, k, v: masked(q, k, v, CAUSAL[name](S, keys)), *qkv(keys))
     assert (found.verdict.outcome, found.mask) == ("applied", "causal")
+    assert found.error < 1e-5
+
+
+@pytest.mark.parametrize("keys", [S, S + 3], ids=["square", "more keys"])
+def test_a_causal_window_costs_no_tensor(keys: int) -> None:
+    def window(S: int, T: int) -> Tensor:
+        return (torch.arange(T) <= torch.arange(S)[:, None]) & (torch.arange(T) > torch.arange(S)[:, None] - 3)
+
+    found = outcome("replace_proven_mask", lambda q, k, v: masked(q, k, v, window(S, keys)), *qkv(keys))
+    assert (found.verdict.outcome, found.mask) == ("applied", "causal, window 3")
     assert found.error < 1e-5
 
 
