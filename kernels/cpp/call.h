@@ -1,0 +1,108 @@
+// ---- One call, its tiles, and what their rows see ----
+
+struct Arguments {  // in the order of cpp_library.py; strides count elements
+  const Element *query, *query_rope, *key, *key_rope, *value;
+  const MaskElement* mask;
+  const float* sinks;
+  Element* out;
+  int64_t batch, key_heads, group, queries, keys;
+  int64_t query_b, query_h, query_s, query_rope_b, query_rope_h, query_rope_s;
+  int64_t key_b, key_h, key_t, key_rope_b, key_rope_h, key_rope_t, value_b, value_h, value_t;
+  int64_t mask_b, mask_h, mask_s, mask_t;
+  int64_t causal, window, offset, threads;
+  double scale, cap;
+};
+
+// Rows are the (token, head of the group) pairs of one key head, head minor. Keys outside [low, high) are hidden.
+struct Tile {
+  int64_t b, k, first_row, low, high;
+  int rows;
+};
+
+// What a range of keys gave the rows of a tile: exp-weighted sums of values, log2 of the largest weight, sums of weights.
+struct Partial {
+  float *sum, *top, *total;  // sum[row * OUT_STRIDE + e]
+  bool* skipped;             // whether keys with the least finite bias were left out
+};
+
+constexpr float LOWEST = -3.2e38f;    // below every score; finite, so that differences are defined
+constexpr float FORBIDDEN = -2.0e38f;  // finite biases below count as this: log2(e) times it is still a float
+
+INLINE const Element* query_row(const Arguments& a, const Tile& t, int r) {
+  const int64_t row = t.first_row + r;
+  return a.query + t.b * a.query_b + (t.k * a.group + row % a.group) * a.query_h + row / a.group * a.query_s;
+}
+INLINE const Element* query_rope_row(const Arguments& a, const Tile& t, int r) {
+  const int64_t row = t.first_row + r;
+  return a.query_rope + t.b * a.query_rope_b + (t.k * a.group + row % a.group) * a.query_rope_h +
+         row / a.group * a.query_rope_s;
+}
+INLINE const Element* key_row(const Arguments& a, const Tile& t, int64_t j) {
+  return a.key + t.b * a.key_b + t.k * a.key_h + j * a.key_t;
+}
+INLINE const Element* key_rope_row(const Arguments& a, const Tile& t, int64_t j) {
+  return a.key_rope + t.b * a.key_rope_b + t.k * a.key_rope_h + j * a.key_rope_t;
+}
+INLINE const Element* value_row(const Arguments& a, const Tile& t, int64_t j) {
+  if constexpr (VALUES_ARE_KEYS) return key_row(a, t, j);
+  return a.value + t.b * a.value_b + t.k * a.value_h + j * a.value_t;
+}
+
+INLINE void prefetch(const Element* p, int width) {
+  for (int d = 0; d < width; d += 64 / (int)sizeof(Element)) __builtin_prefetch(p + d, 0, 2);
+}
+
+INLINE void prefetch_token(const Arguments& a, const Tile& t, int64_t j) {
+  prefetch(key_row(a, t, j), WIDTH);
+  if constexpr (ROPE > 0) prefetch(key_rope_row(a, t, j), ROPE);
+  if constexpr (!VALUES_ARE_KEYS) prefetch(value_row(a, t, j), VALUE_WIDTH);
+}
+
+enum class Sight { NONE, SOME, ALL };
+
+// Fills bias[place(row, n)], in units of log2, for `count` keys from `first` on; -inf hides. ALL: it is 0 everywhere and
+// not filled. With `skip`, keys at the least finite bias (masks made of finfo.min) count as hidden.
+template <class Place>
+static Sight look(const Arguments& a, const Tile& t, int64_t first, int count, bool skip, bool* skipped, float* bias,
+                  Place place) {
+  const int64_t first_token = t.first_row / a.group, last_token = (t.first_row + t.rows - 1) / a.group;
+  const bool limited = (a.causal && first + count - 1 > first_token + a.offset) ||
+                       (a.window > 0 && first <= last_token + a.offset - a.window);
+  if (MASK == Mask::NONE && !limited) return Sight::ALL;
+  bool any = false, all = MASK != Mask::ADDITIVE;
+  float line[count];
+  const MaskElement* shown = nullptr;
+  int64_t shown_token = -1;
+  for (int r = 0; r < t.rows; r++) {
+    const int64_t row = t.first_row + r, token = row / a.group, head = t.k * a.group + row % a.group;
+    const MaskElement* mask = a.mask + t.b * a.mask_b + head * a.mask_h + token * a.mask_s + first * a.mask_t;
+    if (r == 0 || token != shown_token || mask != shown) {
+      shown = mask, shown_token = token;
+      if constexpr (MASK == Mask::BOOL) {
+        for (int n = 0; n < count; n++) line[n] = number(mask[n * a.mask_t]) != 0.f ? 0.f : -INFINITY;
+      } else if constexpr (MASK == Mask::ADDITIVE) {
+        for (int n = 0; n < count; n++) {
+          const float x = number(mask[n * a.mask_t]);
+          line[n] = x == -INFINITY ? x : (x < FORBIDDEN ? FORBIDDEN : x) * LOG2E;
+        }
+      } else {
+        for (int n = 0; n < count; n++) line[n] = 0.f;
+      }
+      if (limited)
+        for (int n = 0; n < count; n++) {
+          const int64_t distance = token + a.offset - (first + n);
+          if ((a.causal && distance < 0) || (a.window > 0 && distance >= a.window)) line[n] = -INFINITY;
+        }
+      const float least = MASK == Mask::ADDITIVE && skip ? LEAST_BIAS * LOG2E : LOWEST;
+      bool visible = false, hidden = false;
+      for (int n = 0; n < count; n++) {
+        visible |= line[n] > least;
+        hidden |= line[n] <= least;
+        *skipped |= line[n] <= least && line[n] > LOWEST;
+      }
+      any |= visible, all &= !hidden;
+    }
+    for (int n = 0; n < count; n++) bias[place(r, n)] = line[n];
+  }
+  return all ? Sight::ALL : any ? Sight::SOME : Sight::NONE;
+}

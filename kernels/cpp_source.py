@@ -1,0 +1,166 @@
+"""C++ source of a KernelSpec: its constants, then the parts of kernels/cpp/ that compute with them.
+
+One text serves every instruction set: vectors are a compiler extension whose length is one of the constants.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from string import Template
+from typing import NamedTuple
+
+import torch
+
+from .spec import KernelSpec
+
+
+class Isa(NamedTuple):
+    """An instruction set that kernels are generated for."""
+
+    name: str
+    lanes: int
+    """Floats in a vector."""
+    registers: int
+    """Vector registers: what the register tiles are made for."""
+    bf16_dot: bool = False
+    """Products of pairs of bfloat16, by an instruction if the flags have one and by two products otherwise."""
+    flags: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    """Names in torch.cpu.get_capabilities()."""
+
+
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
+_AVX512_NEEDS = ("avx2", "fma3", "f16c", "avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
+
+ISAS = (
+    Isa("avx512_bf16", 16, 32, True, (*_AVX512, "-mavx512bf16"), (*_AVX512_NEEDS, "avx512_bf16")),
+    Isa("avx512", 16, 32, False, _AVX512, _AVX512_NEEDS),
+    Isa("avx2", 8, 16, False, _AVX2, ("avx2", "fma3", "f16c")),
+    Isa("portable", 4, 16),
+)
+"""Best first."""
+
+_CONSTANTS = Template("""\
+// $name for $isa
+//
+//   out[b h i] = sum over j of p[b h i j] value[b k j]
+//   p = softmax over j of  $scores
+//
+// B batch, K key heads, H = K · group query heads (group minor), i query tokens, j key tokens. $values
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <utility>
+#include <vector>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+struct Bf16 { uint16_t bits; };
+struct Half { uint16_t bits; };
+enum class Mask { NONE, BOOL, ADDITIVE };
+
+using Element = $element;
+constexpr int WIDTH = $width;              // of the first part of queries and keys
+constexpr int ROPE = $rope;                // of the second part
+constexpr int VALUE_WIDTH = $value_width;
+constexpr bool VALUES_ARE_KEYS = $latent;  // the first part of the keys
+constexpr Mask MASK = Mask::$mask;
+using MaskElement = $mask_element;
+constexpr float LEAST_BIAS = $least_bias;  // a bias that hides a key from all rows that see another
+constexpr bool CAPPED = $capped;
+constexpr bool SINKS = $sinks;
+constexpr float LOG2E = 1.44269504088896341f;
+
+constexpr int LANES = $lanes;
+constexpr int TILE = $tile;         // rows that share a widened block of keys
+constexpr int BLOCK = $block;       // keys widened at a time
+constexpr int I_OF_ONE = $i_of_one;    // register tile: that many scalars by one vector,
+constexpr int I_OF_TWO = $i_of_two;     // or that many by two
+constexpr int FEW = LANES / 2;      // up to here rows are not worth lanes
+constexpr int FEW_BLOCK = $few_block;
+constexpr int PREFETCH = 16;        // keys ahead
+constexpr int64_t WORTH = 50'000;   // products that a thread is woken for
+
+constexpr bool BF16_DOT = $bf16_dot;
+using Operand = $operand;           // a float, or a pair of bfloat16
+constexpr int STEP = $step;              // products in one operand
+constexpr int KEY_STEPS = $key_steps;
+constexpr int STEPS_IN_L1 = $steps_in_l1;     // of a group of queries
+constexpr int VALUE_STEPS = BLOCK / STEP;
+constexpr int OUT_ROWS = $out_rows;       // VALUE_WIDTH in whole register tiles
+constexpr int OUT_STRIDE = $out_stride;
+constexpr int KEY_STRIDE = $key_stride;     // no multiple of the cache's sets
+constexpr int VALUE_STRIDE = $value_stride;
+""")
+
+_PARTS = ("vectors.h", "call.h", "many_rows.h", "few_rows.h", "entry.h")
+
+
+def source(spec: KernelSpec, isa: Isa) -> str:
+    """The whole text. Equal specifications and instruction sets have equal texts."""
+    parts = ((Path(__file__).parent / "cpp" / part).read_text("utf-8") for part in _PARTS)
+    return "\n".join((_CONSTANTS.substitute(_constants(spec, isa)), *parts))
+
+
+def _constants(spec: KernelSpec, isa: Isa) -> dict[str, object]:
+    widths = spec.width + spec.rope_width
+    dot = isa.bf16_dot and spec.dtype == torch.bfloat16 and spec.width % 2 == 0 and spec.rope_width % 2 == 0
+    latent = spec.value_width is None
+    steps = widths // 2 if dot else widths
+    i_of_one, i_of_two = 12, 12 if isa.registers >= 32 else 6
+    out_rows = _up(spec.out_width, i_of_one)
+    key_stride = _up(max(steps, out_rows if latent else 0), 16) + 16
+    wide = widths >= 256
+    product = "q·k + q_rope·k_rope" if spec.rope_width else "q·k"
+    scores = f"scale · ({product})"
+    if spec.capped:
+        scores = f"cap · tanh({scores} / cap)"
+    if spec.mask == "additive":
+        scores += " + mask"
+    return {
+        "name": spec.name,
+        "isa": " ".join((isa.name, *isa.flags)),
+        "scores": f"visible({scores})" + ", and of the sink of the head" * spec.sinks,
+        "values": "Values are the first part of the keys." if latent else "",
+        "element": _ELEMENT[spec.dtype],
+        "width": spec.width,
+        "rope": spec.rope_width,
+        "value_width": spec.out_width,
+        "latent": _bool(latent),
+        "mask": spec.mask.upper(),
+        "mask_element": "uint8_t" if spec.mask != "additive" else _ELEMENT.get(spec.mask_dtype, "float"),
+        "least_bias": "-65504.f" if spec.mask_dtype == torch.float16 else "-1e30f",
+        "capped": _bool(spec.capped),
+        "sinks": _bool(spec.sinks),
+        "lanes": isa.lanes,
+        "tile": 32 if wide else 64,
+        "block": 48 if wide else 96,
+        "few_block": 96 if wide else 192,
+        "i_of_one": i_of_one,
+        "i_of_two": i_of_two,
+        "bf16_dot": _bool(dot),
+        "operand": "uint32_t" if dot else "float",
+        "step": 2 if dot else 1,
+        "key_steps": steps,
+        "steps_in_l1": -(-steps // -(-steps // 256)),
+        "out_rows": out_rows,
+        "out_stride": _up(spec.out_width, isa.lanes),
+        "key_stride": key_stride,
+        "value_stride": key_stride if latent and not dot else _up(out_rows, 16) + 16,
+    }
+
+
+_ELEMENT: dict[torch.dtype | None, str] = {torch.float32: "float", torch.bfloat16: "Bf16", torch.float16: "Half"}
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _bool(value: bool) -> str:
+    return "true" if value else "false"
