@@ -45,17 +45,20 @@ def latent_attention(node: fx.Node) -> AttentionCall | None:
     """latent::attention, which earlier rewrites have put there."""
     if str(node.target) != "latent.attention.default":
         return None
-    query, key, value, mask = args_of(node)[:4]
+    query, key, value, mask, sinks, scale, cap, causal, window, grouped = args_of(node)
     return AttentionCall(
         node,
         "latent::attention",
         query,
         key,
         value,
-        _scale(query, args_of(node)[4]),
-        bool(args_of(node)[5]),
+        _scale(query, scale),
+        causal,
         mask,
-        grouped=bool(args_of(node)[6]),
+        grouped=grouped,
+        sinks=sinks,
+        cap=cap,
+        window=window,
     )
 
 

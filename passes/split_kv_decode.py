@@ -1,0 +1,52 @@
+"""One query token against many keys: the keys are split over the cores, and heads that share keys read them once."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from .. import rewrite
+from ..kernels import attention as _attention  # noqa: F401  # defines latent::attention
+from ..rewriter.axes import size_of
+from ..rewriter.canonical import Canonical, Scoring, emit_attention, emit_own_mask, place, width_of
+from ..rewriter.emit import Emitter
+from ..rewriter.rules import Benefit, Cost, Match, Refusal
+from ..rewriter.sites import AttentionSite
+
+
+@rewrite("split_kv_decode", exact=True, after=("fuse_attention", "fold_repeated_heads", "replace_proven_mask"))
+class SplitKVDecode:
+    """sdpa(q[b (h g) 1 d], k[b h j d], v)  ->  attention over parts of j, joined by log-sum-exp (Flash-Decoding)."""
+
+    def match(self, site: AttentionSite) -> Match | Refusal:
+        call = site.call
+        if call is None:
+            return Refusal("the attention is not one fused call", site.anchor)
+        if call.name == "latent::attention":
+            return Refusal("its kernel is chosen when it is lowered", call.anchor)
+        if call.opaque or call.dropout:
+            return Refusal(f"{call.name} also does what is not read here", call.anchor)
+        if site.axes.queries:
+            return Refusal(f"there are {size_of(site.axes.queries)} query tokens, which fill the cores", call.anchor)
+        return Match(site)
+
+    def benefit(self, match: Match) -> Benefit:
+        """Without the split every query head is a product of its own that reads the keys of its group again."""
+        site = match.site
+        axes = site.axes
+        once = size_of(axes.batch + axes.heads) * size_of(axes.keys)
+        width = size_of(width_of(site)) + size_of(axes.value_width)
+        item = site.key.node.meta["val"].dtype.itemsize
+        flops = 2 * once * size_of(axes.groups) * width
+        return Benefit(Cost(flops, item * once * size_of(axes.groups) * width), Cost(flops, item * once * width))
+
+    def build(self, match: Match, emit: Emitter) -> fx.Node:
+        site = match.site
+        call = site.call
+        assert call is not None
+        form = Canonical(site, folded=call.grouped)
+        width = width_of(site)
+        query = place(emit, site.query, form.rows(width), site)
+        key = place(emit, site.key, form.columns(width), site)
+        value = place(emit, site.value, form.columns(site.axes.value_width), site)
+        scoring = Scoring(call.scale, emit_own_mask(emit, form), causal=call.causal)
+        return emit_attention(emit, form, query, key, value, scoring)
