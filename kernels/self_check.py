@@ -43,8 +43,11 @@ def check_once(
 
 
 def small_calls(spec: KernelSpec, device: str) -> Iterator[Call]:
-    """One query over a length that is no multiple of a block, with two heads a group; and several, causal."""
-    for queries, tokens, causal, window in ((1, 83, False, 0), (5, 150, True, 40)):
+    """One query, several, and many, over lengths that are no multiple of a block, with two heads a group.
+
+    A kernel can have a body of its own for each: keys dealt out to several programs, a window, a full tile of rows.
+    """
+    for queries, tokens, causal, window in ((1, 211, False, 0), (5, 150, True, 40), (37, 101, True, 0)):
         yield random_call(
             spec, device, heads=4, key_heads=2, queries=queries, tokens=tokens, causal=causal, window=window
         )
