@@ -43,7 +43,7 @@ def attention(
 ) -> Tensor:
     """The reference body: [B, H, S, E]."""
     if sinks is None and not cap:
-        if window:
+        if window or (causal and mask is not None):
             mask, causal = _windowed(query_BHSD, key_BKTD, mask, causal, window), False
         return F.scaled_dot_product_attention(
             query_BHSD, key_BKTD, value_BKTE, mask, is_causal=causal, scale=scale, enable_gqa=grouped
@@ -56,10 +56,10 @@ torch.library.impl("latent::attention", "CompositeImplicitAutograd", attention)
 
 
 def _windowed(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, window: int) -> Tensor:
-    """The mask with the window in it."""
+    """The mask with the window and the causal flag in it."""
     i = torch.arange(query.shape[2], device=query.device)[:, None]
     j = torch.arange(key.shape[2], device=query.device)[None, :]
-    visible = j > i - window
+    visible = (j > i - window) if window else (j == j)
     if causal:
         visible = visible & (j <= i)
     if mask is None:

@@ -7,7 +7,7 @@
     expanded:  keys and values of every head first, then ordinary attention
 
 Dimensions: B batch, H query heads, K heads of the weights (H = K · G), L heads of the latents (K a multiple of L), S
-query tokens, T key tokens, D and E the widths of keys and values of a head, R that of the rotary part, C of the latents.
+query tokens, T key tokens, D and E the widths of keys and values of a head, R of the rotary part, C of the latents.
 Both forms are exact (DeepSeek-V2, arXiv 2405.04434). Which one is faster depends on S: see `crossover`.
 """
 
@@ -22,7 +22,10 @@ from torch import Tensor, fx
 
 from ..rewriter.nodes import args_of
 from ..rewriter.registry import LibraryCall, lowering
+from ..rewriter.sizes import concrete
+from .crossover import Widths, explain, threshold
 from .generated import DTYPES, reference, unavailable
+from .machine import quick
 from .spec import Call
 
 BLOCK = 1024
@@ -71,6 +74,8 @@ def _per_head(rows_BHSX: Tensor, weight_KXY: Tensor) -> Tensor:
     B, H, S, X = rows_BHSX.shape
     K, _, Y = weight_KXY.shape
     rows = rows_BHSX.reshape(B, K, H // K * S, X).transpose(0, 1).reshape(K, B * (H // K) * S, X)
+    if rows.shape[1] == 1:  # matrix libraries read a matrix that meets a single row several times too slowly
+        return (rows.transpose(1, 2) * weight_KXY).sum(1).reshape(B, H, S, Y)
     return (rows @ weight_KXY).reshape(K, B, H // K * S, Y).transpose(0, 1).reshape(B, H, S, Y)
 
 
@@ -97,11 +102,10 @@ def absorbed(call: LatentCall, core: Core) -> Tensor:
         )
     )
     out = _per_head(attended, call.up_value.transpose(1, 2))
-    return (
-        out
-        if call.value_bias is None
-        else out + call.value_bias.repeat_interleave(out.shape[1] // call.value_bias.shape[0], 0)[:, None]
-    )
+    if call.value_bias is None:
+        return out
+    bias_HE = call.value_bias.repeat_interleave(out.shape[1] // call.value_bias.shape[0], 0)
+    return out + bias_HE[:, None]
 
 
 def _rope_as_bias(call: LatentCall) -> Tensor:
@@ -268,17 +272,22 @@ def expanded_with_gradient(*arguments: Any) -> Tensor:
     return expanded(LatentCall(*arguments))
 
 
-def _threshold(call: LatentCall) -> float:
-    C, T = call.latent.shape[3], call.latent.shape[2]
-    made = call.up_key.shape[1] + call.up_value.shape[1]
-    below = T * (2 * C - made) + C * made
-    return C * made * T / below if below > 0 else float("inf")
+def widths_of(call: LatentCall) -> Widths:
+    rope = 0 if call.query_rope is None else call.query_rope.shape[-1]
+    return Widths(call.up_key.shape[2], call.up_key.shape[1], call.up_value.shape[1], rope)
+
+
+def threshold_of(call: LatentCall) -> int:
+    """The number of query tokens from which on the expanded form is predicted to be faster on this machine."""
+    query = call.query
+    machine = quick(query.device.type, query.dtype)
+    return threshold(widths_of(call), query.shape[1], call.latent.shape[2], machine, query.dtype.itemsize)
 
 
 def either(*arguments: Any) -> Tensor:
     """The form that is predicted to be faster for this many queries."""
     call = LatentCall(*arguments)
-    if call.query.shape[2] < _threshold(call):
+    if call.query.shape[2] < threshold_of(call):
         return absorbed(call, _generated)
     return expanded_in_blocks(call)
 
@@ -310,10 +319,17 @@ def choose(node: fx.Node, gradients: bool) -> tuple[LibraryCall | Callable[..., 
         return expanded_with_gradient, "expanded: gradients are needed"
     if query.dtype not in DTYPES or isinstance(call.scale, fx.Node):
         return None, "absorbed, in plain operators"
+    lost = unavailable(query.device.type)
+    reason = _reason(LatentCall(*fx.node.map_arg(args_of(node), lambda n: n.meta["val"])))
+    reason = f"{reason}; plain operators: {lost}" if lost else reason
     if query.shape[2] == 1:
-        lost = unavailable(query.device.type)
-        return (None if lost else absorbed_by_kernel), "absorbed: one query token" + (
-            f", plain: {lost}" if lost else ""
-        )
+        return (None if lost else absorbed_by_kernel), reason
     target = torch.ops.latent.latent_attention_either.default
-    return LibraryCall(target, tuple(call), {}), "absorbed or expanded, by the number of query tokens at run time"
+    return LibraryCall(target, tuple(call), {}), f"{reason}; decided again at each call"
+
+
+def _reason(call: LatentCall) -> str:
+    """The formula, its numbers for the example sizes, and the choice."""
+    widths = Widths(*(concrete(width) for width in widths_of(call)))
+    S, T = concrete(call.query.shape[2]), concrete(call.latent.shape[2])
+    return explain(widths, concrete(call.query.shape[1]), T, S)

@@ -173,6 +173,8 @@ def _unfit(plan: Plan) -> Refusal | None:
         return Refusal(f"{made} numbers of a token are made of {narrow}: that is no narrower tensor", site.key.node)
     if plan.key is not None and plan.key.bias is not None and (scores.sinks or scores.cap):
         return Refusal("the keys have a bias, which only a plain softmax ignores", plan.key.bias)
+    if plan.value is not None and plan.value.bias is not None and scores.sinks:
+        return Refusal("the values have a bias, and with sinks the weights do not sum to one", plan.value.bias)
     if plan.key is not None and plan.value is not None:
         if plan.key.heads(site) != plan.value.heads(site) or plan.latent_heads(plan.key) != plan.latent_heads(
             plan.value
