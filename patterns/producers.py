@@ -11,8 +11,8 @@ from torch import fx
 
 from ..rewriter.axes import AxisSpace, Dim, Layout, product, same_size
 from ..rewriter.contractions import Contraction, Labels, contraction
-from ..rewriter.layouts import Permute, is_cast, is_tensor, layout_step, shape_of
-from ..rewriter.origins.pieces import Found, Projection, Reading, ScaleBy, Slice
+from ..rewriter.layouts import Part, Permute, is_cast, is_tensor, layout_step, shape_of
+from ..rewriter.origins.pieces import Activation, Found, Projection, Reading, ScaleBy, Slice
 from ..rewriter.registry import pattern
 from ..rewriter.scalars import read_scalar
 from . import caches, norms, rotations
@@ -67,6 +67,9 @@ def _projection(node: fx.Node, found: Contraction, bias: fx.Node | None, reading
         new = [label for label in found.out_labels if label in sizes and label not in shared]
         if not new:
             return None
+        own = shared - found.summed
+        if own and _repeats(data, data_labels, own):  # the same source for every matrix: one wide weight
+            new, own = [label for label in found.out_labels if label in own or label in new], set()
         layout, axes = _layouts(found, data, data_labels, new, reading)
         piece = Projection(
             node,
@@ -78,7 +81,7 @@ def _projection(node: fx.Node, found: Contraction, bias: fx.Node | None, reading
             parameter=origin[0],
             learned=origin[1],
             transposed=_stored_in_out(weight, labels, found),
-            per_head=bool(shared - found.summed),
+            per_head=bool(own),
             axes=axes,
         )
         return Found(piece, data, layout)
@@ -99,6 +102,18 @@ def _roles(found: Contraction, reading: Reading) -> list[tuple[fx.Node, Labels, 
     if len(learned) == 1:
         return learned
     return [left]
+
+
+def _repeats(data: fx.Node, labels: Labels, own: set[str | None]) -> bool:
+    """Whether a tensor is the same along the dimensions with these labels: an expanded one."""
+    space = AxisSpace()
+    layout: Layout | None = tuple(space.fresh("r", size) for size in shape_of(data))
+    wanted = {axis for label, dim in zip(labels, layout or (), strict=True) if label in own for axis in dim}
+    while layout is not None and (step := layout_step(data)) is not None and not isinstance(step, Part):
+        layout, data = step.undo(space.resolve_layout(layout), space), step.source
+        if layout is not None and not space.axes(tuple((axis,) for axis in wanted)) & space.axes(layout):
+            return True
+    return False
 
 
 def _layouts(
@@ -148,6 +163,32 @@ def _convolution(node: fx.Node, reading: Reading) -> Found | None:
         node, weight, bias if isinstance(bias, fx.Node) else None, sizes[1], sizes[0], data, *origin, axes=axes
     )
     return Found(piece, data)
+
+
+# ** functions of each element **
+
+_ACTIVATIONS = {
+    aten.relu.default,
+    aten.silu.default,
+    aten.gelu.default,
+    aten.tanh.default,
+    aten.sigmoid.default,
+    aten.elu.default,
+    aten.leaky_relu.default,
+    aten.softplus.default,
+    aten.mish.default,
+    aten.hardswish.default,
+    aten.clamp.default,
+}
+
+
+@pattern("producer")
+def activation(node: fx.Node, reading: Reading) -> Found | None:
+    """f(x) of every element by itself, such as silu(x)."""
+    x = node.args[0] if node.args else None
+    if node.target not in _ACTIVATIONS or not isinstance(x, fx.Node) or node.all_input_nodes != [x]:
+        return None
+    return Found(Activation(node, str(node.target).removeprefix("aten.").partition(".")[0]), x)
 
 
 # ** scales **

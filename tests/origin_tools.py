@@ -9,6 +9,7 @@ import torch
 from latent.rewriter.capture import capture
 from latent.rewriter.normal_form import normalise
 from latent.rewriter.origins.pieces import (
+    Activation,
     CacheRead,
     Cast,
     Narrow,
@@ -90,6 +91,8 @@ def _short(piece: Piece) -> str:
             return str(dtype).removeprefix("torch.")
         case ScaleBy(number=number):
             return f"scale({number if number is None else format(number, '.6g')})"
+        case Activation(name=name):
+            return name
         case Rope():
             return f"rope({piece.form} {piece.width}{f' at {piece.position}' if piece.partial else ''})"
         case Norm():

@@ -66,7 +66,6 @@ def test_caps_and_sinks_are_part_of_the_operator(name: str) -> None:
 
 REFUSED = {
     "differ from token to token": lambda q, k, v: torch.cat((q @ k.mT, q[..., :1]), -1).softmax(-1)[..., :-1] @ v,
-
     "read by something else": lambda q, k, v: (w := (q @ k.mT).softmax(-1)) @ v + w.sum(),
     "dropout of the weights is active": lambda q, k, v: F.dropout((q @ k.mT).softmax(-1), 0.5, True) @ v,
     "multiplied by a tensor after the softmax": lambda q, k, v: ((q @ k.mT).softmax(-1) * k[:, :, :1, :1]) @ v,

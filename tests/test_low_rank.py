@@ -15,6 +15,7 @@ from torch import Tensor, nn
 pytest.importorskip("transformers")
 
 from corpus import ALL
+from corpus.latent_attention import EXPECTED
 from latent.rewriter.origins.pieces import origins
 from latent.rewriter.sites import AttentionSite
 from origin_models import corpus_sites, sites_of
@@ -92,6 +93,38 @@ def test_latents_of_the_corpus(name: str, dynamic: bool) -> None:
     assert latent.shape[-1] == (12 if not dynamic else latent.shape[-1])
 
 
+UNSEEN = {
+    "mla_padded": "a sum of padded tensors is no join",
+    "mla_grouped_latents": "latents with an axis of heads",
+}
+"""Latents that are not found, knowingly."""
+
+NOT_BY_LINEARITY = {
+    "mla_cache_expanded": "the latents of earlier tokens are gone",
+    "mla_sinks_and_biases": "the bias matters beside sinks",
+}
+"""Keys and values are linear in the latent, and yet not both can stay there."""
+
+
+def expectations() -> list[Any]:
+    """One layer in four, unless slow tests are asked for."""
+    return [pytest.param(name, id=name, marks=[pytest.mark.slow] if n % 4 else []) for n, name in enumerate(EXPECTED)]
+
+
+@pytest.mark.parametrize("name", expectations())
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["static", "dynamic"])
+def test_layers_of_the_corpus(name: str, dynamic: bool) -> None:
+    expected = EXPECTED[name]
+    for site in corpus_sites(name, dynamic):
+        found = low_rank(site)
+        if name in UNSEEN or expected.form is None:
+            assert found is None
+            continue
+        assert found is not None and found.form.value == expected.form
+        assert (found.width, found.expanded) == (expected.width, expected.expanded)
+        assert found.linear is (expected.side == "both" or name in NOT_BY_LINEARITY or expected.form == "absorbed")
+
+
 class Latent(nn.Module):
     """Keys and values from a latent, which is made and kept in the way that is asked for."""
 
@@ -146,6 +179,19 @@ def test_a_latent_wider_than_keys_but_narrower_than_keys_and_values() -> None:
     (site,) = sites(module, torch.randn(2, 6, 80), *module.inputs()[1:])
     found = low_rank(site)
     assert found is not None and (found.width, found.expanded) == (48, 64)
+
+
+def test_dropout_on_keys_in_training_is_not_linear() -> None:
+    module = Latent("expanded")
+
+    def function(x: Tensor) -> Tensor:
+        latent = module.down(x)
+        key = F.dropout(module.heads(module.key(latent)), 0.1, training=True)
+        return attend(module.heads(module.query(x)), key, module.heads(module.value(latent)))
+
+    (site,) = sites(function, torch.randn(2, 6, 32))
+    found = low_rank(site)
+    assert found is None or not found.linear
 
 
 def test_no_latent_in_common() -> None:

@@ -10,8 +10,8 @@ import sympy
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from latent.rewriter.masks.terms import Flags
 from latent.rewriter.masks.prove import Causal, Form, Keys, MaskProof, MaskReader, Window, materialise, prove_mask
+from latent.rewriter.masks.terms import Flags
 from mask_tools import Seen, prove, trace, visible
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from latent.rewriter.capture import capture
-from latent.rewriter.masks.terms import Flags
 from latent.rewriter.masks.prove import Causal, Form, MaskProof, MaskReader, Padding
+from latent.rewriter.masks.terms import Flags
 from mask_tools import Seen, visible
 from torch import fx
 

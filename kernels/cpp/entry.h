@@ -41,6 +41,7 @@ static bool hope_failed(const Tile& t, const Partial* parts, int splits) {
 extern "C" void latent_attention(const Arguments* arguments) {
   const Arguments& a = *arguments;
   const int64_t rows = a.queries * a.group, most = rows <= FEW ? FEW : TILE;
+  if (a.batch == 0 || rows == 0) return;
   const int64_t tiles = (rows + most - 1) / most;
   const int64_t even = (rows + tiles - 1) / tiles, height = rows <= FEW ? rows : (even + LANES - 1) / LANES * LANES;
   const int64_t all_tiles = a.batch * a.key_heads * tiles;

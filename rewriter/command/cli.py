@@ -9,7 +9,9 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, NoReturn, Optional
 
 import typer
@@ -48,6 +50,21 @@ class Spelling(str, Enum):
 
     eager = "eager"
     sdpa = "sdpa"
+
+
+class Contestant(str, Enum):
+    """Who is timed."""
+
+    eager = "eager"
+    inductor = "inductor"
+    latent = "latent"
+
+
+class CacheKind(str, Enum):
+    """Which of transformers' caches a decode step reads."""
+
+    static = "static"
+    dynamic = "dynamic"
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
@@ -110,6 +127,86 @@ def explain(
     if short:
         err().print("\n".join(f"expectation failed: {text}" for text in short), style="latent.bad", markup=False)
         raise typer.Exit(EXPECTATION)
+
+
+@app.command()
+def bench(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="TARGET",
+            help="A Hugging Face folder, or FILE.py:FACTORY whose factory returns (model, args, kwargs).",
+        ),
+    ],
+    only: Annotated[
+        Optional[list[Contestant]],  # noqa: UP045
+        typer.Option("--only", help="Only this contestant; may be given several times. The first is the base."),
+    ] = None,
+    phase: Annotated[
+        Optional[list[Phase]],  # noqa: UP045
+        typer.Option("--phase", help="For language models: only this phase; may be given twice."),
+    ] = None,
+    cached: Annotated[int, typer.Option(min=2, help="How many tokens a decode step attends to.")] = 512,
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens the prefill has.")] = 128,
+    cache: Annotated[CacheKind, typer.Option(help="Which of transformers' caches a decode step reads.")] = (
+        CacheKind.static
+    ),
+    dtype: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NAME", help="float32, bfloat16 or float16; without it, the target's own."),
+    ] = None,
+    threads: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="How many threads torch computes with."),
+    ] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="How many rounds; everyone has one turn in each.")] = 15,
+    attention: Annotated[
+        Optional[Spelling],  # noqa: UP045
+        typer.Option(help="For folders: how the attention is spelled; without it, as the folder says."),
+    ] = None,
+    from_config: Annotated[bool, typer.Option("--from-config", help="For folders: random weights.")] = False,
+    as_json: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--json", metavar="PATH", help="Write all numbers to this file; - is stdout, without the table."),
+    ] = None,
+    plot: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--plot", metavar="PATH", help="Draw the times into this file (.png, .svg, .pdf)."),
+    ] = None,
+) -> None:
+    """Time a model with eager, inductor and latent side by side: decode, prefill, memory, share of the roofline."""
+    contestants = tuple(dict.fromkeys(c.value for c in only or Contestant))
+    phases = tuple(dict.fromkeys(p.value for p in phase or (Phase.decode, Phase.prefill)))
+    with _errors(), _stdout_is_for_us():
+        with progress("importing torch"):
+            from .bench import BenchChoices, import_matplotlib, render
+            from .bench import bench as measure
+            from .bench import plot as draw
+            from .targets import HFChoices, TargetError, load_target
+
+        if plot is not None:
+            import_matplotlib()  # said before the work, not after it
+        for option, file in (("--json", as_json), ("--plot", plot)):
+            if file is not None and not file.absolute().parent.is_dir():
+                raise TargetError(f"{option} {file}: there is no folder {file.parent}.", "Make it, or name another.")
+        choices = HFChoices(from_config, "prefill", attention=attention.value if attention else None)
+        with progress(f"loading {target}"):
+            found = load_target(target, choices)
+        found = replace(found, notes=tuple(note for note in found.notes if not note.startswith("one forward")))
+        result = measure(
+            target,
+            found,
+            BenchChoices(phases, contestants, tokens, cached, cache.value, dtype, threads, repeat),
+        )
+        numbers = json.dumps(result.to_dict(), indent=1)
+        if as_json is not None and str(as_json) != "-":
+            as_json.write_text(numbers + "\n", encoding="utf-8")
+        if plot is not None:
+            draw(result, plot)
+    if as_json is not None and str(as_json) == "-":
+        print(numbers)
+    else:
+        show(render(result))
 
 
 @app.command()

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.highlighter import RegexHighlighter
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.theme import Theme
 
-__all__ = ["err", "out", "progress", "show", "table"]
+__all__ = ["counted", "err", "out", "progress", "show", "table"]
 
 THEME = Theme(
     {
@@ -81,4 +82,18 @@ def progress(what: str) -> Iterator[None]:
     spinner = console.status(f"{what} …") if console.is_terminal else contextlib.nullcontext()
     with spinner:
         yield
+    console.print(f"{what} … {time.perf_counter() - start:.1f} s", style="latent.quiet", markup=False)
+
+
+@contextlib.contextmanager
+def counted(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar on stderr that the caller moves on by one; without a terminal, one line with the time it took."""
+    console, start = err(), time.perf_counter()
+    if console.is_terminal:
+        columns = (TextColumn("{task.description} …"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda: bar.advance(task)
+    else:
+        yield lambda: None
     console.print(f"{what} … {time.perf_counter() - start:.1f} s", style="latent.quiet", markup=False)

@@ -15,7 +15,7 @@ from enum import Enum
 from torch import fx
 
 from ..axes import Size
-from ..layouts import Identity, Permute, View, is_cast, layout_step
+from ..layouts import Expand, Identity, Permute, View, is_cast, layout_step
 from ..mutations import Mutations, mutations
 from ..sites import AttentionSite
 from .pieces import (
@@ -59,7 +59,7 @@ class LowRank:
 
     `key` and `value` are the projections out of it, the same one where it makes both; in the absorbed form `key` is
     the one that leads the queries to it, and `value` is None. `key_way` and `value_way` are the pieces between
-    attention and the latent's projection; `others` are the parts of the keys that do not come from the latent.
+    attention and the latent's projection; `others` are the parts of the keys beside that one.
     """
 
     form: MLAForm
@@ -72,12 +72,15 @@ class LowRank:
     key_way: tuple[Piece, ...] = ()
     value_way: tuple[Piece, ...] = ()
     others: tuple[Origin, ...] = ()
+    other_ways: tuple[tuple[Piece, ...], ...] = ()
+    """The pieces between attention and those parts of the keys among `others` that come from the latent all the same."""
 
     @property
     def linear(self) -> bool:
         """Whether keys and values are linear in the latent, the same for every token: what absorption needs."""
         plain = (Slice, Repeat, Cast, ScaleBy, CacheRead, Parts)
-        return all(isinstance(piece, plain) for piece in (*self.key_way, *self.value_way))
+        ways = (self.key_way, self.value_way, *self.other_ways)
+        return all(isinstance(piece, plain) for way in ways for piece in way)
 
 
 def low_rank(site: AttentionSite, writes: Mutations | None = None, found: Origins | None = None) -> LowRank | None:
@@ -127,9 +130,11 @@ def _expanded(found: Origins, writes: Mutations) -> LowRank | None:
             cached = [p for p in (*key.way, *value.way) if isinstance(p, CacheRead)]
             behind = [p for p in _of_latent(key, value) if isinstance(p, CacheRead)]
             form = MLAForm.CACHED_EXPANDED if cached else MLAForm.CACHED_LATENT if behind else MLAForm.EXPANDED
+            others = [other for other in keys if other is not key]
+            latent = _bare(key.up.source)
             return LowRank(
                 form=form,
-                latent=_bare(key.up.source),
+                latent=latent,
                 width=key.up.in_width,
                 expanded=whole,
                 key=key.up,
@@ -137,7 +142,8 @@ def _expanded(found: Origins, writes: Mutations) -> LowRank | None:
                 cache=next(iter((*cached, *behind)), None),
                 key_way=key.way,
                 value_way=value.way,
-                others=tuple(other.origin for other in keys if other is not key),
+                others=tuple(other.origin for other in others),
+                other_ways=tuple(o.way for o in others if o.up is not None and _bare(o.up.source) is latent),
             )
     return None
 
@@ -190,7 +196,7 @@ def _bare(node: fx.Node) -> fx.Node:
     """Without the layout operations and casts that lead to it."""
     while True:
         step = layout_step(node)
-        if isinstance(step, View | Permute | Identity):
+        if isinstance(step, View | Permute | Identity | Expand):
             node = step.source
         elif is_cast(node) and isinstance(node.args[0], fx.Node):
             node = node.args[0]

@@ -23,6 +23,7 @@ from ..mutations import Mutations, mutations
 from ..sites import AttentionSite, Operand
 
 __all__ = [
+    "Activation",
     "CacheRead",
     "Cast",
     "Found",
@@ -78,6 +79,13 @@ class ScaleBy(Piece):
 
     number: float | None
     by: fx.Node | None = None
+
+
+@dataclass(frozen=True)
+class Activation(Piece):
+    """A function of each element by itself."""
+
+    name: str
 
 
 @dataclass(frozen=True)

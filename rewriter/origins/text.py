@@ -13,6 +13,7 @@ from ..mutations import Mutations
 from ..provenance import attribute_path
 from ..sites import AttentionSite
 from .pieces import (
+    Activation,
     CacheRead,
     Cast,
     Narrow,
@@ -56,6 +57,8 @@ def _piece(piece: Piece, site: AttentionSite) -> str:
             return str(piece.dtype).removeprefix("torch.")
         case ScaleBy():
             return "times a number" if piece.number is None else f"times {piece.number:.4g}"
+        case Activation():
+            return piece.name
         case Rope():
             place = f" from {piece.position} on" if piece.partial else ""
             return f"rope({piece.form}, {piece.width}{place})"

@@ -37,8 +37,10 @@ class Expected:
 
     form: Form | None
     """What attention reads and what is cached; None where keys and values have no latent in common."""
+
     side: Side
-    """What may stay in the latent: attention of the program itself is untouched by it."""
+    """What may stay in the latent, by algebra."""
+
     why: str
     width: int = L
     expanded: int | None = BOTH

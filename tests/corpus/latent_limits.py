@@ -103,7 +103,7 @@ class MlaNormedAllKeys(TwoLinears):
         return self.attention(self.query(x), beside(key, rotary), value)
 
 
-@latent(None, "none", "an activation follows the expansion")
+@latent("expanded", "none", "an activation follows the expansion")
 class MlaActivatedExpansion(Layer):
     """SiLU on keys and values."""
 
@@ -117,7 +117,7 @@ class MlaActivatedExpansion(Layer):
         return self.attention(self.query(x), beside(key, rotary), value)
 
 
-@latent(None, "key only", "an activation follows the expansion of the values")
+@latent("expanded", "key only", "an activation follows the expansion of the values")
 class MlaActivatedValues(TwoLinears):
     """SiLU on values alone."""
 
