@@ -42,14 +42,20 @@ def usages(target: str) -> dict[tuple[str, str], Usage]:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     table = Table("call", "kernel", "target", title="bfloat16, compiled ahead of time")
-    for column in ("registers", "spilled", "shared", "matrix", "16-byte loads", "narrow async", "per processor"):
+    for column in ("registers", "spilled", "shared", "matrix", "16 B loads", "narrow", "resident"):
         table.add_column(column, justify="right")
     for target in TARGETS:
+        combined: set[Usage] = set()
         for (name, kernel), used in usages(target).items():
+            if kernel == "combine" and used in combined:
+                continue  # the same for every way to the same width
+            combined.add(used)
             numbers = (used.registers, used.spilled, used.shared, used.matrix, used.wide_loads, used.narrow_async)
-            table.add_row(name, kernel, target, *(f"{n}" for n in numbers), str(used.resident) if used.fits else "0")
+            table.add_row(name, kernel, target, *map(str, numbers), str(used.resident) if used.fits else "0")
         table.add_section()
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, 130)
+    console.print(table)
 
 
 if __name__ == "__main__":
