@@ -4,8 +4,8 @@
 
 Dimensions: B batch, H query heads, K key heads (H = K · G), S query tokens, T key tokens, D query/key width, E value
 width. The mask is additive or boolean (True: visible) and broadcasts to [B, H, S, T]; sinks [H] take part in the
-softmax and have no value; cap 0: none. `causal` hides j > i (top left), `window` > 0 hides j <= i - window; `grouped` says
-H = K · G with G > 1, which symbolic sizes do not tell.
+softmax and have no value; cap 0: none. `causal` hides j > i (top left), `window` > 0 hides j <= i - window; `grouped`
+says H = K · G with G > 1, which symbolic sizes do not tell.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ..rewriter.axes import Size
 from ..rewriter.layouts import shape_of
 from ..rewriter.nodes import args_of
 from ..rewriter.registry import LibraryCall, lowering
 from .generated import DTYPES, reference, unavailable
+from .machine import fast_dtype
 from .spec import Call
 
 torch.library.define(
@@ -97,15 +99,14 @@ def choose(node: fx.Node, gradients: bool) -> tuple[LibraryCall | Callable[..., 
     query, value = shape_of(query_node), shape_of(value_node)
     S, D, E = query[2], query[3], value[3]
     device = node.meta["val"].device.type
-    special = sinks is not None or cap or window
+    special = sinks is not None or bool(cap or window)
+    dtype = node.meta["val"].dtype
     fixed = isinstance(D, int) and isinstance(E, int) and not isinstance(scale, fx.Node)
-    if not gradients and fixed and node.meta["val"].dtype in DTYPES and (special or S == 1):
-        lost = unavailable(device)
-        if not lost:
-            scale = D**-0.5 if scale is None else scale
-            given = (query_node, None, key_node, None, value_node, mask, sinks, scale, cap, causal, window, 0)
-            reason = "one query token: keys split over cores" if S == 1 else "generated kernel"
-            return LibraryCall(torch.ops.latent.generated_attention.default, given, {}), reason
+    possible = fixed and not gradients and dtype in DTYPES and not unavailable(device)
+    if possible and (reason := _worth_a_kernel(S, special, device, dtype)):
+        scale = D**-0.5 if scale is None else scale
+        given = (query_node, None, key_node, None, value_node, mask, sinks, scale, cap, causal, window, 0)
+        return LibraryCall(torch.ops.latent.generated_attention.default, given, {}), f"generated kernel: {reason}"
     if special:
         return None, "the operator's own body"
     if device == "cpu" and isinstance(D, int) and isinstance(E, int) and D > E:
@@ -116,3 +117,12 @@ def choose(node: fx.Node, gradients: bool) -> tuple[LibraryCall | Callable[..., 
         {"scale": scale, "enable_gqa": grouped},
     )
     return call, "scaled_dot_product_attention"
+
+
+def _worth_a_kernel(queries: Size, special: bool, device: str, dtype: torch.dtype) -> str:
+    """Why a generated kernel does better than the library's attention; "" where it does not."""
+    if queries == 1:
+        return "one query token, keys split over cores"
+    if special:
+        return "the library has no such attention"
+    return f"{dtype} products are slow on this device" if fast_dtype(device, dtype) != dtype else ""

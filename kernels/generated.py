@@ -93,10 +93,12 @@ def kernel_for(spec: KernelSpec, device: str) -> Kernel:
 def _build(spec: KernelSpec, device: str) -> tuple[str, Kernel]:
     """The generated source of a specification and what runs it. Raises whatever stands in the way."""
     if device == "cpu":
-        from .cpp_library import build
-    else:
-        from .triton_library import build
-    return build(spec)
+        from . import cpp_library
+
+        return cpp_library.build(spec)
+    from . import triton_library
+
+    return triton_library.build(spec)
 
 
 def _generated_attention(*arguments: Any) -> Tensor:

@@ -25,7 +25,7 @@ from ..rewriter.registry import LibraryCall, lowering
 from ..rewriter.sizes import concrete
 from .crossover import Widths, explain, threshold
 from .generated import DTYPES, reference, unavailable
-from .machine import quick
+from .machine import fast_dtype, quick
 from .spec import Call
 
 BLOCK = 1024
@@ -138,7 +138,7 @@ def _expand(call: LatentCall, start: int, stop: int) -> tuple[Tensor, Tensor | N
 
     def up(latent_BLTC: Tensor, weight_KXC: Tensor) -> Tensor:
         B, L, _, C = latent_BLTC.shape
-        latent = latent_BLTC[:, :, start:stop]
+        latent = latent_BLTC[:, :, start:stop].to(weight_KXC.dtype)
         X = weight_KXC.shape[1]
         if L == 1:  # one product for all heads
             wide = F.linear(latent.reshape(B, -1, C), weight_KXC.reshape(K * X, C))
@@ -151,7 +151,7 @@ def _expand(call: LatentCall, start: int, stop: int) -> tuple[Tensor, Tensor | N
         value = value + call.value_bias[:, None]
     rope = call.key_rope
     if rope is not None:
-        rope = rope[:, :, start:stop].repeat_interleave(K // rope.shape[1], 1)
+        rope = rope[:, :, start:stop].to(key.dtype).repeat_interleave(K // rope.shape[1], 1)
     return key, rope, value
 
 
@@ -171,8 +171,10 @@ def expanded_in_blocks(call: LatentCall, block: int = BLOCK) -> Tensor:
 
     Blocks that no query sees, by the causal flag, the window or the mask, are not expanded.
     """
+    dtype = call.query.dtype
     B, H, S, _ = call.query.shape
     T, E = call.latent.shape[2], call.up_value.shape[1]
+    call = _in_dtype(call, fast_dtype(call.query.device.type, dtype))
     query = call.query if call.query_rope is None else torch.cat((call.query, call.query_rope), -1)
     out = query.new_zeros((B, H, S, E), dtype=torch.float32)
     total = query.new_full((B, H, S), float("-inf"), dtype=torch.float32)
@@ -193,7 +195,16 @@ def expanded_in_blocks(call: LatentCall, block: int = BLOCK) -> Tensor:
     if call.sinks is not None:
         sinks = call.sinks.float().view(1, H, 1)
         out *= torch.sigmoid(total - sinks)[..., None]
-    return out.to(query.dtype)
+    return out.to(dtype)
+
+
+def _in_dtype(call: LatentCall, dtype: torch.dtype) -> LatentCall:
+    """The call with queries and weights in another dtype; latents follow a block at a time."""
+    if dtype == call.query.dtype:
+        return call
+    rope, bias = (None if t is None else t.to(dtype) for t in (call.query_rope, call.value_bias))
+    up_key, up_value = call.up_key.to(dtype), call.up_value.to(dtype)
+    return call._replace(query=call.query.to(dtype), query_rope=rope, up_key=up_key, up_value=up_value, value_bias=bias)
 
 
 def _bias(call: LatentCall, first: int, last: int, start: int, stop: int) -> Tensor | None:
@@ -280,7 +291,8 @@ def widths_of(call: LatentCall) -> Widths:
 def threshold_of(call: LatentCall) -> int:
     """The number of query tokens from which on the expanded form is predicted to be faster on this machine."""
     query = call.query
-    machine = quick(query.device.type, query.dtype)
+    device = query.device.type
+    machine = quick(device, fast_dtype(device, query.dtype))
     return threshold(widths_of(call), query.shape[1], call.latent.shape[2], machine, query.dtype.itemsize)
 
 

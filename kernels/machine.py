@@ -16,7 +16,7 @@ import torch
 from . import store
 from .spec import digest
 
-__all__ = ["Machine", "device_name", "measure", "quick"]
+__all__ = ["Machine", "device_name", "fast_dtype", "measure", "quick"]
 
 Run = Callable[[], object]
 
@@ -84,6 +84,13 @@ def quick(device: str, dtype: torch.dtype, cache: Path | None = None) -> Machine
         if quiet:
             store.write(file, json.dumps({"measured": what, **asdict(machine)}))
         return machine
+
+
+def fast_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
+    """`dtype`, or float32 where the device's matrix library takes longer for `dtype` (CPUs without such products)."""
+    if device != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return dtype
+    return dtype if quick(device, dtype).flops_per_s > quick(device, torch.float32).flops_per_s else torch.float32
 
 
 def device_name(device: torch.device | str) -> str:
