@@ -179,9 +179,10 @@ def bench(
     phases = tuple(dict.fromkeys(p.value for p in phase or (Phase.decode, Phase.prefill)))
     with _errors(), _stdout_is_for_us():
         with progress("importing torch"):
-            from .bench import BenchChoices, import_matplotlib, render
+            from .bench import BenchChoices
             from .bench import bench as measure
-            from .bench import plot as draw
+            from .bench_text import import_matplotlib, render
+            from .bench_text import plot as draw
             from .targets import HFChoices, TargetError, load_target
 
         if plot is not None:
