@@ -19,8 +19,10 @@ from . import store
 from .cpp_source import ISAS, Isa, source
 from .spec import Call, KernelSpec, digest
 
-FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
-FLAGS += ("-fno-strict-aliasing", "-Wno-psabi", "-Wno-ignored-attributes")
+FLAGS = (
+    *("-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"),
+    *("-fno-strict-aliasing", "-Wno-psabi", "-Wno-ignored-attributes"),
+)
 
 
 def compiler() -> str | None:

@@ -82,7 +82,7 @@ constexpr int BLOCK = $block;       // keys widened at a time
 constexpr int I_OF_ONE = $i_of_one;    // register tile: that many scalars by one vector,
 constexpr int I_OF_TWO = $i_of_two;     // or that many by two
 constexpr int FEW = LANES / 2;      // up to here rows are not worth lanes
-constexpr int FEW_BLOCK = $few_block;
+constexpr int FEW_BLOCK = 48;      // keys whose values stay in the first cache
 constexpr int PREFETCH = 16;        // keys ahead
 constexpr int64_t WORTH = 50'000;   // products that a thread is woken for
 
@@ -140,7 +140,6 @@ def _constants(spec: KernelSpec, isa: Isa) -> dict[str, object]:
         "lanes": isa.lanes,
         "tile": 32 if wide else 64,
         "block": 48 if wide else 96,
-        "few_block": 96 if wide else 192,
         "i_of_one": i_of_one,
         "i_of_two": i_of_two,
         "bf16_dot": _bool(dot),

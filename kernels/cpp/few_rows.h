@@ -2,7 +2,8 @@
 //
 // The cache is read once, as it is stored: with one to LANES / 2 rows there is nothing to share a widened copy with.
 
-constexpr int QUERY_STRIDE = (WIDTH + LANES - 1) / LANES * LANES + (ROPE + LANES - 1) / LANES * LANES;
+constexpr int SECOND_PART = (WIDTH + LANES - 1) / LANES * LANES;
+constexpr int QUERY_STRIDE = SECOND_PART + (ROPE + LANES - 1) / LANES * LANES;
 
 struct Few {
   alignas(64) float queries[FEW][QUERY_STRIDE];  // each part padded with zeros
@@ -56,8 +57,7 @@ INLINE void score(const Arguments& a, const Tile& t, Few& w, int64_t first, int 
   Floats sums[LANES] = {};
   add_dots<ROWS, TOKENS, WIDTH>(w.queries, key_row(a, t, first + n), a.key_t, sums);
   if constexpr (ROPE > 0) {
-    constexpr int OFFSET = (WIDTH + LANES - 1) / LANES * LANES;
-    add_dots<ROWS, TOKENS, ROPE>((const float(*)[QUERY_STRIDE])(w.queries[0] + OFFSET),
+    add_dots<ROWS, TOKENS, ROPE>((const float(*)[QUERY_STRIDE])(w.queries[0] + SECOND_PART),
                                  key_rope_row(a, t, first + n), a.key_rope_t, sums);
   }
   const Floats scores = sums_of(sums);
@@ -131,8 +131,7 @@ static void attend_rows(const Arguments& a, const Tile& t, int64_t low, int64_t 
   Few& w = few_scratch;
   for (int r = 0; r < ROWS; r++) {
     for (int d = 0; d < WIDTH; d++) w.queries[r][d] = number(query_row(a, t, r)[d]);
-    for (int d = 0; d < ROPE; d++) w.queries[r][QUERY_STRIDE - (ROPE + LANES - 1) / LANES * LANES + d] =
-        number(query_rope_row(a, t, r)[d]);
+    for (int d = 0; d < ROPE; d++) w.queries[r][SECOND_PART + d] = number(query_rope_row(a, t, r)[d]);
     w.top[r] = LOWEST, w.total[r] = 0.f;
     std::fill_n(w.out[r], OUT_STRIDE, 0.f);
   }
@@ -144,7 +143,7 @@ static void attend_rows(const Arguments& a, const Tile& t, int64_t low, int64_t 
     if (sight == Sight::NONE) continue;
     int n = 0;
     for (; n + TOKENS <= count; n += TOKENS) {
-      for (int i = 0; i < TOKENS; i++) {
+      for (int i = 0; i < TOKENS && ROWS > 1; i++) {  // one row is a stream that the hardware foresees
         if constexpr (!VALUES_ARE_KEYS) prefetch(value_row(a, t, first + n + i), VALUE_WIDTH);
         if (first + n + i + PREFETCH < high) prefetch(key_row(a, t, first + n + i + PREFETCH), WIDTH);
       }

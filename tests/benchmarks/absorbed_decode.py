@@ -1,8 +1,8 @@
 """`python tests/benchmarks/absorbed_decode.py [absorbed|grouped|prefill]`: generated C++ kernels beside ATen's forms.
 
 Attention alone, without projections. All forms of a shape are timed in turn in one process, so that a disturbance hits
-each of them; medians are printed. The roofline is the larger of flops / peak and bytes / bandwidth, with the peak of a
-large matrix product (in the same dtype or in float32, whichever is faster) and the bandwidth of a copy of the cache, measured
+each of them; medians are printed. The roofline is the larger of flops / peak and bytes / bandwidth: the peak of a large
+matrix product, in the same dtype or in float32, whichever is faster, and the bandwidth of a copy of the cache, measured
 in the same turns.
 """
 
