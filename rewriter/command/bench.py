@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -103,7 +104,8 @@ def bench(name: str, target: Target, choices: BenchChoices) -> Bench:
             machine = measure(device, dtype)
         phases = [run_phase(target, step, choices) for step in _steps(target, choices)]
     text = str(dtype).removeprefix("torch.")
-    return Bench(name, target.notes, text, torch.get_num_threads(), device_name(device), machine, tuple(phases))
+    notes = (*target.notes, *_disturbance())
+    return Bench(name, notes, text, torch.get_num_threads(), device_name(device), machine, tuple(phases))
 
 
 def run_phase(target: Target, step: Step, choices: BenchChoices) -> PhaseResult:
@@ -179,6 +181,17 @@ def _in_dtype(target: Target, dtype: str | None) -> Target:
     args = tuple(cast(value) for value in target.args)
     kwargs = {name: cast(value) for name, value in target.kwargs.items()}
     return Target(target.model.to(wanted), args, kwargs, target.notes)
+
+
+def _disturbance() -> list[str]:
+    """A note if more ran in the last minute than this process."""
+    import torch
+
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    mine, cores = torch.get_num_threads(), os.cpu_count() or 1
+    if load < 1.25 * cores or load < 1.5 * mine:
+        return []
+    return [f"other processes were running (load {load:.1f} on {cores} cores): ratios hold better than times"]
 
 
 def _where(target: Target) -> tuple[Any, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -178,6 +179,7 @@ def bench(
     contestants = tuple(dict.fromkeys(c.value for c in only or Contestant))
     phases = tuple(dict.fromkeys(p.value for p in phase or (Phase.decode, Phase.prefill)))
     with _errors(), _stdout_is_for_us():
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the start and stop of torch's profiler are no news
         with progress("importing torch"):
             from .bench import BenchChoices
             from .bench import bench as measure

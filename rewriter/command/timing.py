@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -87,7 +86,6 @@ def peak_bytes(call: Call) -> int:
     memory that the process holds already, and tells calls of one process apart; a library's private scratch memory is
     not in it. tracemalloc sees no tensor at all.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # its start and stop are nobody's news
     import torch
 
     call.prepare()
