@@ -172,8 +172,7 @@ def bound_lines(kind: Kind) -> Iterator[str]:
         yield "share = tl.cdiv(tl.maximum(hi - lo, 0), splits * BLOCK_N) * BLOCK_N"
         yield "p = tl.program_id(1)"
         yield "lo += p * share"
-        yield "hi = tl.minimum(hi, lo + share)"
-        yield "end = tl.minimum(end, hi)"
+        yield "hi = tl.minimum(hi, lo + share)  # whole blocks, so none reaches into the next share"
     yield ""
 
 

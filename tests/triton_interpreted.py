@@ -164,6 +164,19 @@ def test_the_result_does_not_depend_on_splits_and_tiles() -> None:
     assert max((out - results[0]).abs().max().item() for out in results) < 1e-6
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+def test_rows_hidden_by_the_least_number_are_means_and_by_infinity_zero(splits: int) -> None:
+    """The least float32 is a finite bias: beside it no score counts. In base 2 it would be infinite."""
+    spec = KernelSpec(torch.float32, 32, mask="additive", mask_dtype=torch.float32)
+    call = self_check.random_call(spec, "cpu", heads=2, key_heads=1, queries=1, tokens=90)
+    mask = torch.full((2, 1, 1, 90), torch.finfo(torch.float32).min)
+    mask[1] = float("-inf")
+    out, plan = launches(spec, call._replace(mask=mask), TARGET, Tile(16, 16, 4, 1, 1), splits)
+    run(load(spec, source_of(spec)), plan)
+    assert torch.allclose(out[0, :, 0], call.key[0].mean(1), atol=1e-6)
+    assert not out[1].any()
+
+
 def test_a_cache_beyond_32_bit_offsets() -> None:
     """70 keys, 2^25 elements apart: the memory between them is never touched. A wrong offset is a crash."""
     spec, apart = KernelSpec(torch.float16, 64), (1 << 25) + 64
