@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import fx
 
@@ -18,6 +19,7 @@ def call_site(call: AttentionCall, space: AxisSpace) -> AttentionSite:
     """The site of an operator that is attention by contract: query [.. S D], key [.. T D], value [.. T E]."""
     q, k, v = (shape_of(node) for node in (call.query, call.key, call.value))
     rank = max(len(q), len(k), len(v)) - 2
+    groups: Dim = ()
     batch_q: list[Dim] = []
     batch_k: list[Dim] = []
     batch_v: list[Dim] = []
@@ -28,6 +30,7 @@ def call_site(call: AttentionCall, space: AxisSpace) -> AttentionSite:
             whole = isinstance(size_q, int) and isinstance(size_k, int)
             cut = space.factor(space.fresh("hg", size_q), (size_k, size_q // size_k if whole else size_q / size_k))
             dim = cut[0] + cut[1] if cut else head
+            groups = cut[1] if cut else ()
             head = cut[0] if cut else head
             batch_q.append(dim)
             batch_k.append(head)
@@ -66,6 +69,9 @@ def call_site(call: AttentionCall, space: AxisSpace) -> AttentionSite:
         steps.append(Sink(call.anchor, call.sinks, layout=(batch[-1],)))
     term = ScoreTerm(peel(call.query, layout_q, space), peel(call.key, layout_k, space))
     value = peel(call.value, layout_v, space)
+    axes = roles_of(space.resolve_layout(scores), keys, [term], value, steps, space)
+    if groups:  # with one query token nothing but the call itself tells queries and groups apart
+        axes = replace(axes, queries=space.resolve(queries), groups=space.resolve(groups))
     output = call.anchor
     for user in call.anchor.users:
         if call.name == "flex_attention" and args_of(user)[1:] == (0,):
@@ -81,7 +87,7 @@ def call_site(call: AttentionCall, space: AxisSpace) -> AttentionSite:
         weight_steps=(),
         weights=None,
         weight_readers=(),
-        axes=roles_of(space.resolve_layout(scores), keys, [term], value, steps, space),
+        axes=axes,
         region=(call.anchor, output) if output is not call.anchor else (call.anchor,),
         space=space,
         call=call,

@@ -1,0 +1,78 @@
+"""sdpa with one query token  ->  attention over parts of the keys, for every kind of heads and mask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from latent.kernels.generated import unavailable
+from latent.rewriter import history
+from rewrite_tools import outcome
+from torch import Tensor
+
+B, K, G, T, D = 2, 3, 2, 37, 16
+
+pytestmark = pytest.mark.skipif(bool(unavailable("cpu")), reason=unavailable("cpu"))
+
+
+def qkv(S: int = 1, heads: int = K * G) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((B, heads, S, D), (B, K, T, D), (B, K, T, D))
+    return tuple(torch.randn(shape, generator=generator) for shape in shapes)  # type: ignore[return-value]
+
+
+CALLS = {
+    "grouped": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
+    "scaled": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True, scale=0.2),
+    "masked": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, k[:, :1, None, :, 0] > -1, enable_gqa=True),
+    "biased": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, k[:, :1, None, :, 0], enable_gqa=True),
+    "ungrouped": lambda q, k, v: F.scaled_dot_product_attention(q[:, ::G], k, v),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_with_one_query_token(name: str) -> None:
+    found = outcome("split_kv_decode", CALLS[name], *qkv())
+    assert found.verdict.outcome == "applied" and found.error < 1e-5
+    assert any("keys split over cores" in line for graph in history.reports().graphs for line in graph.lowered)
+
+
+def test_symbolic_heads_keep_their_call() -> None:
+    found = outcome("split_kv_decode", CALLS["grouped"], *qkv(), dynamic=True)
+    assert found.verdict.outcome == "refused" and "how many heads" in found.verdict.reason
+
+
+def test_a_spelling_by_hand_gets_the_same_kernel() -> None:
+    def spelled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = k.repeat_interleave(G, 1), v.repeat_interleave(G, 1)
+        return (q @ k.mT * 0.25).softmax(-1) @ v
+
+    found = outcome("split_kv_decode", spelled, *qkv())
+    assert found.verdict.reason == "its kernel is chosen when it is lowered" and found.error < 1e-5
+    assert any("keys split over cores" in line for graph in history.reports().graphs for line in graph.lowered)
+
+
+REFUSED = {
+    "query tokens": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True), qkv(4)),
+    "also does what is not read": (lambda q, k, v: F.scaled_dot_product_attention(q[:, ::G], k, v, None, 0.5), qkv()),
+    "not one fused call": (lambda q, k, v: (w := (q[:, ::G] @ k.mT).softmax(-1)) @ v + w.sum(), qkv()),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_is_refused_says_why(reason: str) -> None:
+    function, inputs = REFUSED[reason]
+    torch.manual_seed(0)
+    found = outcome("split_kv_decode", function, *inputs)
+    assert found.verdict.outcome == "refused" and reason in found.verdict.reason
+
+
+def test_gradients_reach_the_keys() -> None:
+    """The kernel has no gradient: where one is needed, the library's attention stays."""
+    torch._dynamo.reset()
+    q, k, v = (t.requires_grad_() for t in qkv())
+    compiled = torch.compile(CALLS["grouped"], backend="latent", options={"inner": "eager", "strict": True})
+    compiled(q, k, v).sum().backward()
+    actual, k.grad = k.grad, None
+    CALLS["grouped"](q, k, v).sum().backward()
+    torch.testing.assert_close(actual, k.grad)
