@@ -73,7 +73,7 @@ class LowRank:
     value_way: tuple[Piece, ...] = ()
     others: tuple[Origin, ...] = ()
     other_ways: tuple[tuple[Piece, ...], ...] = ()
-    """The pieces between attention and those parts of the keys among `others` that come from the latent all the same."""
+    """The pieces between attention and those of `others` that come from the latent all the same."""
 
     @property
     def linear(self) -> bool:
