@@ -88,10 +88,10 @@ def kernel(spec: KernelSpec, path: Path) -> Callable[[Call], Tensor]:
     function.argtypes = [ctypes.c_char_p]
     function.restype = None
     mask_dtype = spec.mask_dtype if spec.mask_dtype in (torch.bfloat16, torch.float16) else torch.float32
-    out_width = spec.out_width
+    out_width, out_dtype = spec.out_width + spec.totals, torch.float32 if spec.totals else spec.dtype
 
     def run(call: Call) -> Tensor:
-        q, qr, k, kr, v, mask, sinks, scale, cap, causal, window, offset = call
+        q, qr, k, kr, v, mask, sinks, scale, cap, causal, window, offset, _ = call
         q, k = _rows(q), _rows(k)
         B, H, S, _ = q.shape
         K, T = k.shape[1], k.shape[2]
@@ -103,7 +103,7 @@ def kernel(spec: KernelSpec, path: Path) -> Callable[[Call], Tensor]:
             mask = mask.to(mask_dtype)
         if sinks is not None:
             sinks = sinks.to(torch.float32).contiguous()
-        out = torch.empty((B, H, S, out_width), dtype=q.dtype, device=q.device)
+        out = torch.empty((B, H, S, out_width), dtype=out_dtype, device=q.device)
         function(
             _ARGUMENTS.pack(
                 q.data_ptr(),

@@ -74,6 +74,8 @@ using MaskElement = $mask_element;
 constexpr float LEAST_BIAS = $least_bias;  // a bias that hides a key from all rows that see another
 constexpr bool CAPPED = $capped;
 constexpr bool SINKS = $sinks;
+constexpr bool TOTALS = $totals;           // the log of the sum of exponentials stands behind the values
+using Out = $out;
 constexpr float LOG2E = 1.44269504088896341f;
 
 constexpr int LANES = $lanes;
@@ -137,6 +139,8 @@ def _constants(spec: KernelSpec, isa: Isa) -> dict[str, object]:
         "least_bias": "-65504.f" if spec.mask_dtype == torch.float16 else "-1e30f",
         "capped": _bool(spec.capped),
         "sinks": _bool(spec.sinks),
+        "totals": _bool(spec.totals),
+        "out": "float" if spec.totals else _ELEMENT[spec.dtype],
         "lanes": isa.lanes,
         "tile": 32 if wide else 64,
         "block": 48 if wide else 96,

@@ -66,6 +66,8 @@ def reference(call: Call) -> Tensor:
         scores = torch.cat((scores, sinks), -1)
     weights = F.softmax(scores, -1)[..., :T]
     weights = weights.masked_fill((scores[..., :T] == float("-inf")).all(-1, keepdim=True), 0.0)
+    if call.totals:
+        return torch.cat((product(weights, value), torch.logsumexp(scores, -1, keepdim=True)), -1).to(torch.float32)
     return product(weights, value).to(query.dtype)
 
 

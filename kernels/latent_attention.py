@@ -24,9 +24,9 @@ from ..rewriter.nodes import args_of
 from ..rewriter.registry import LibraryCall, lowering
 from ..rewriter.sizes import concrete
 from .crossover import Widths, explain, threshold
-from .generated import DTYPES, reference, unavailable
+from .generated import DTYPES, kernel_for, reference, unavailable
 from .machine import fast_dtype, quick
-from .spec import Call
+from .spec import Call, spec_of
 
 BLOCK = 1024
 """Key tokens whose keys and values exist at a time in the expanded form."""
@@ -167,7 +167,7 @@ torch.library.impl("latent::latent_attention", "CompositeImplicitAutograd", plai
 
 
 def expanded_in_blocks(call: LatentCall, block: int = BLOCK) -> Tensor:
-    """Keys and values of `block` tokens at a time, their results merged by log-sum-exp: [B, H, S, E].
+    """Keys and values of `block` tokens at a time, their results joined by the logs of their sums: [B, H, S, E].
 
     Blocks that no query sees, by the causal flag, the window or the mask, are not expanded.
     """
@@ -175,26 +175,36 @@ def expanded_in_blocks(call: LatentCall, block: int = BLOCK) -> Tensor:
     B, H, S, _ = call.query.shape
     T, E = call.latent.shape[2], call.up_value.shape[1]
     call = _in_dtype(call, fast_dtype(call.query.device.type, dtype))
-    query = call.query if call.query_rope is None else torch.cat((call.query, call.query_rope), -1)
-    out = query.new_zeros((B, H, S, E), dtype=torch.float32)
-    total = query.new_full((B, H, S), float("-inf"), dtype=torch.float32)
+    out = call.query.new_zeros((B, H, S, E), dtype=torch.float32)
+    total = call.query.new_full((B, H, S, 1), float("-inf"), dtype=torch.float32)
     for start in range(0, T, block):
         stop = min(start + block, T)
-        first = min(start, S) if call.causal else 0
-        last = min(S, stop - 1 + call.window) if call.window else S
-        if first >= last:
+        rows = slice(min(start, S) if call.causal else 0, min(S, stop - 1 + call.window) if call.window else S)
+        if rows.start >= rows.stop:
             continue
-        bias = _bias(call, first, last, start, stop)
-        if bias is not None and bool((bias == float("-inf")).all()):
+        mask = _part_of(call.mask, rows, slice(start, stop))
+        if mask is not None and _hides_all(mask):
             continue
         key, key_rope, value = _expand(call, start, stop)
-        key = key if key_rope is None else torch.cat((key, key_rope), -1)
-        part, part_total = _partial(query[:, :, first:last], key, value, bias, call, first == start)
-        rows = slice(first, last)
-        _merge(out[:, :, rows], total[:, :, rows], part, part_total)
+        part = Call(
+            call.query[:, :, rows],
+            None if call.query_rope is None else call.query_rope[:, :, rows],
+            key,
+            key_rope,
+            value,
+            mask,
+            None,
+            call.scale,
+            call.cap,
+            call.causal,
+            call.window,
+            rows.start - start,
+            totals=True,
+        )
+        result = kernel_for(spec_of(part), call.query.device.type)(part)
+        _join(out[:, :, rows], total[:, :, rows], result[..., :E], result[..., E:])
     if call.sinks is not None:
-        sinks = call.sinks.float().view(1, H, 1)
-        out *= torch.sigmoid(total - sinks)[..., None]
+        out *= torch.sigmoid(total - call.sinks.float().view(1, H, 1, 1))
     return out.to(dtype)
 
 
@@ -207,63 +217,23 @@ def _in_dtype(call: LatentCall, dtype: torch.dtype) -> LatentCall:
     return call._replace(query=call.query.to(dtype), query_rope=rope, up_key=up_key, up_value=up_value, value_bias=bias)
 
 
-def _bias(call: LatentCall, first: int, last: int, start: int, stop: int) -> Tensor | None:
-    """What is added to the scores of these rows and columns, beyond a causal diagonal that starts at both: or None."""
-    mask = call.mask
-    if mask is not None:
-        rows = slice(first, last) if mask.shape[2] > 1 else slice(None)
-        mask = mask[:, :, rows, start:stop] if mask.shape[3] > 1 else mask[:, :, rows]
-        if mask.dtype == torch.bool:
-            mask = torch.zeros(mask.shape, dtype=call.query.dtype, device=mask.device).masked_fill(~mask, float("-inf"))
-    if not call.window:
-        return mask
-    i = torch.arange(first, last, device=call.query.device)[:, None]
-    j = torch.arange(start, stop, device=call.query.device)[None, :]
-    hidden = (j <= i - call.window) | (j > i if call.causal else torch.zeros_like(j > i))
-    bias = torch.zeros(hidden.shape, dtype=call.query.dtype, device=hidden.device)
-    bias = bias.masked_fill(hidden, float("-inf"))[None, None]
-    return bias if mask is None else bias + mask
+def _part_of(mask: Tensor | None, rows: slice, columns: slice) -> Tensor | None:
+    """The part of a mask [B|1, H|1, S|1, T|1] for some queries and keys."""
+    if mask is None:
+        return None
+    mask = mask[:, :, rows] if mask.shape[2] > 1 else mask
+    return mask[..., columns] if mask.shape[3] > 1 else mask
 
 
-def _partial(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, call: LatentCall, diagonal: bool
-) -> tuple[Tensor, Tensor]:
-    """Attention to one block of keys [B, K, t, ...], and the log of the sum of its exponentials [B, H, rows]."""
-    B, H, rows, D = query.shape
-    if key.shape[1] != H:
-        key, value = (t.repeat_interleave(H // t.shape[1], 1) for t in (key, value))
-    causal = call.causal and not call.window and diagonal
-    if call.causal and not call.window and bias is not None and causal:
-        i = torch.arange(rows, device=query.device)[:, None]
-        hidden = torch.arange(key.shape[2], device=query.device)[None, :] > i
-        bias, causal = bias.masked_fill(hidden, float("-inf")), False
-    E = value.shape[3]
-    if query.device.type == "cpu" and not call.cap and E <= D:
-        mask = None if bias is None else bias.to(query.dtype).expand(B, H, rows, key.shape[2])
-        out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, F.pad(value, (0, D - E)), 0.0, causal, attn_mask=mask, scale=call.scale
-        )
-        nothing = total.isneginf() | total.isnan()
-        out = out[..., :E].float().masked_fill(nothing[..., None], 0.0)
-        return out, total.float().masked_fill(nothing, float("-inf"))
-    scores = (query @ key.transpose(-1, -2)).float() * call.scale
-    if call.cap:
-        scores = call.cap * torch.tanh(scores / call.cap)
-    if causal:
-        i = torch.arange(rows, device=query.device)[:, None]
-        scores = scores.masked_fill(torch.arange(key.shape[2], device=query.device)[None, :] > i, float("-inf"))
-    if bias is not None:
-        scores = scores + bias
-    total = torch.logsumexp(scores, -1)
-    weights = torch.exp(scores - total.clamp(min=torch.finfo(torch.float32).min)[..., None])
-    return (weights.to(value.dtype) @ value).float(), total
+def _hides_all(mask: Tensor) -> bool:
+    return not bool(mask.any()) if mask.dtype == torch.bool else bool((mask == float("-inf")).all())
 
 
-def _merge(out: Tensor, total: Tensor, part: Tensor, part_total: Tensor) -> None:
+def _join(out: Tensor, total: Tensor, part: Tensor, part_total: Tensor) -> None:
     """Two softmaxes over disjoint keys become one, in place."""
     both = torch.logaddexp(total, part_total)
     finite = both.clamp(min=torch.finfo(torch.float32).min)
-    out.mul_(torch.exp(total - finite)[..., None]).add_(part * torch.exp(part_total - finite)[..., None])
+    out.mul_(torch.exp(total - finite)).add_(part * torch.exp(part_total - finite))
     total.copy_(both)
 
 
@@ -271,7 +241,8 @@ def _merge(out: Tensor, total: Tensor, part: Tensor, part_total: Tensor) -> None
 
 
 def _generated(call: Call) -> Tensor:
-    return torch.ops.latent.generated_attention(*call)
+    result: Tensor = torch.ops.latent.generated_attention(*call[:-1])  # the operator gives no totals
+    return result
 
 
 def absorbed_by_kernel(*arguments: Any) -> Tensor:

@@ -97,4 +97,5 @@ def random_call(
         causal,
         window,
         tokens - queries,
+        spec.totals,
     )

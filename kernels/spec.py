@@ -26,7 +26,9 @@ class Call(NamedTuple):
     [B, K, T, E] or None (then the keys are the values), mask broadcasting to [B, H, S, T] (bool: True is visible;
     else added to the scaled scores) or None, sinks [H] or None: scores without a value that take part in the softmax.
     cap > 0: scores become cap · tanh(score / cap). Key j is visible to query i if j <= i + offset (with `causal`) and
-    j > i + offset - window (with window > 0). Any strides, but the last dimension of q, k and v is contiguous.
+    j > i + offset - window (with window > 0). With `totals` the result is float32 [B, H, S, E + 1] and its
+    last column the log of the sum of exponentials, -inf for rows that see no key: what joins results over parts of the
+    keys. Any strides, but the last dimension of q, k and v is contiguous.
     """
 
     query: Tensor
@@ -41,6 +43,7 @@ class Call(NamedTuple):
     causal: bool
     window: int
     offset: int
+    totals: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class KernelSpec:
 
     capped: bool = False
     sinks: bool = False
+    totals: bool = False
 
     @property
     def out_width(self) -> int:
@@ -79,7 +83,12 @@ class KernelSpec:
         mask = "" if self.mask == "none" else f"_{self.mask}"
         if self.mask_dtype is not None and self.mask_dtype != self.dtype:
             mask += "_" + str(self.mask_dtype).removeprefix("torch.")
-        return f"attention_{short}_{widths}_{value}{mask}" + "_cap" * self.capped + "_sinks" * self.sinks
+        return (
+            f"attention_{short}_{widths}_{value}{mask}"
+            + "_cap" * self.capped
+            + "_sinks" * self.sinks
+            + "_totals" * self.totals
+        )
 
 
 def spec_of(call: Call) -> KernelSpec:
@@ -120,6 +129,7 @@ def spec_of(call: Call) -> KernelSpec:
         mask_dtype=mask.dtype if mask is not None and kind == "additive" else None,
         capped=call.cap > 0.0,
         sinks=call.sinks is not None,
+        totals=call.totals,
     )
 
 

@@ -164,7 +164,7 @@ def launches(spec: KernelSpec, call: Call, target: Target, tile: Tile, splits: i
     B, H, S, _ = call.query.shape
     K, T = call.key.shape[1], call.key.shape[2]
     E = spec.out_width
-    out = call.query.new_empty((B, H, S, E))
+    out = call.query.new_empty((B, H, S, E + spec.totals), dtype=torch.float32 if spec.totals else spec.dtype)
     values: dict[str, Any] = {"out": out, "sinks": call.sinks, "splits": splits}
     values |= {"K": K, "G": H // K, "S": S, "T": T, "H": H}
     values |= {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "BLOCK_P": 16, "BLOCK_E": min(128, next_power(E))}

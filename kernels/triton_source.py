@@ -237,11 +237,17 @@ def attend_end(spec: KernelSpec) -> Iterator[str]:
         yield "m_new = tl.maximum(m, sink)"
         yield "alpha = tl.exp2(m - m_new)"
         yield "l = l * alpha + tl.exp2(sink - m_new)"
+    yield f"out += ((tl.cast(bk, tl.int64) * G + row % G) * S + i) * {spec.out_width + spec.totals}"
+    if spec.totals:
+        yield f"tl.store(out + {spec.out_width}, {_log_of_total('m_new' if spec.sinks else 'm')}, mask=live)"
     yield "l = tl.where(l > 0.0, l, 1.0)"
     yield f"share = {'alpha' if spec.sinks else '1.0'} / l"
-    yield f"out += ((tl.cast(bk, tl.int64) * G + row % G) * S + i) * {spec.out_width}"
     for n, (_, chunk) in enumerate(value_chunks(spec)):
         yield stored("out[:, None]", chunk, f"(acc{n} * share[:, None]).to(out.dtype.element_ty)")
+
+
+def _log_of_total(top: str) -> str:
+    return f'tl.where(l > 0.0, ({top} + tl.log2(l)) * {1 / LOG2E}, float("-inf"))'
 
 
 def split_end(spec: KernelSpec) -> Iterator[str]:
@@ -278,8 +284,11 @@ def combine_lines(spec: KernelSpec) -> Iterator[str]:
     yield "    l = l * alpha + tl.sum(w * l_p, 0)"
     yield "    acc = acc * alpha + tl.sum(w[:, None] * acc_p, 0)"
     yield "    m = m_new"
+    if spec.totals:
+        at = f"out + row * {width + 1} + {width}"
+        yield f"tl.store({at}, {_log_of_total('m')}, mask=tl.program_id(1) == 0)"
     yield "l = tl.where(l > 0.0, l, 1.0)"
-    yield f"tl.store(out + row * {width} + c, (acc / l).to(out.dtype.element_ty), mask=c < {width})"
+    yield f"tl.store(out + row * {width + spec.totals} + c, (acc / l).to(out.dtype.element_ty), mask=c < {width})"
 
 
 TANH = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -23,9 +23,10 @@ from ..rewriter.canonical import (
     width_of,
 )
 from ..rewriter.emit import Emitter
-from ..rewriter.factors import Factored, Whole, factor
+from ..rewriter.factors import Factor, Factored, Whole, factor
 from ..rewriter.masks.terms import Flags
 from ..rewriter.masks_of_site import proven_flags
+from ..rewriter.origins.low_rank import low_rank
 from ..rewriter.rules import Benefit, Cost, Match, Refusal
 from ..rewriter.score_form import HIDES, ScoreForm, Unusual, key_scaling, readable_sinks, score_form, unusual_weights
 from ..rewriter.sites import AttentionSite, Fill
@@ -88,10 +89,9 @@ class AbsorbUpProjection:
         keys = [(n, f) for n, term in enumerate(site.terms) for f in factor(term.key, width_of(site, n), site)]
         values = factor(site.value, site.axes.value_width, site)
         made = [(n, f) for n, f in keys if isinstance(f, Factored)]
-        rest = tuple((n, f) for n, f in keys if isinstance(f, Whole))
         value = values[0] if len(values) == 1 and isinstance(values[0], Factored) else None
         if not made and value is None:
-            return _not_linear([f for _, f in rest], site)
+            return _not_linear(site, [f for _, f in keys])
         if len(made) > 1:
             return Refusal("the keys are made by more than one product with weights", site.key.node)
         if site.call is not None and site.call.opaque:
@@ -102,6 +102,15 @@ class AbsorbUpProjection:
         if (unusual := unusual_weights(site) or readable_sinks(scores, site)) is not None:
             return Refusal(unusual.reason, unusual.node)
         term, key = made[0] if made else (0, None)
+        site = _with_heads_of(site, [part for part in (key, value) if part is not None])
+        if low_rank(site) is None:  # then each has to be narrower on its own, or it is just a hidden state
+            value = value if value is not None and _is_narrow(value, site) else None
+            key = key if key is not None and _is_narrow(key, site) else None
+        if key is None and value is None:
+            return Refusal("what keys and values are made of is no narrower than they are", site.key.node)
+        if value is not None and key is not None and key.bias is not None and (scores.sinks or scores.cap):
+            key = None  # only a plain softmax ignores what is added to all keys alike
+        rest = tuple((n, f.left_whole() if isinstance(f, Factored) else f) for n, f in keys if f is not key)
         flags, mask = proven_flags(site)
         plan = Plan(site, scores, key, value, term, rest, flags)
         if (refusal := _unfit(plan)) is not None:
@@ -138,10 +147,25 @@ class AbsorbUpProjection:
 # ** match **
 
 
-def _not_linear(rest: list[Whole], site: AttentionSite) -> Refusal:
-    end = rest[0].end if rest else site.key.root
+def _is_narrow(part: Factored, site: AttentionSite) -> bool:
+    """Whether fewer numbers of a token go in than come out; latents of several heads are no hidden states anyway."""
+    own = site.space.axes(part.latent.chain[-1][1]) & {*site.axes.heads, *site.axes.groups}
+    narrow, made = size_of(part.latent_width), size_of(part.heads(site)) * part.length
+    return bool(own) or (isinstance(made, int) and isinstance(narrow, int) and narrow < made)
+
+
+def _not_linear(site: AttentionSite, keys: list[Factor]) -> Refusal:
+    end = keys[0].end if keys else site.key.root
     made = "an input of the graph" if end.op == "placeholder" else str(end.target)
     return Refusal(f"keys and values are no product of weights and a narrower tensor: the keys come from {made}", end)
+
+
+def _with_heads_of(site: AttentionSite, parts: list[Factored]) -> AttentionSite:
+    """The site with the axes that weights tell apart among its heads: heads split in two look like a batch."""
+    batch, heads = site.axes.batch, site.axes.heads
+    found = site.space.axes(*(part.weight_layout for part in parts))
+    first = next((n for n, axis in enumerate(batch) if axis in found), len(batch))
+    return replace(site, axes=replace(site.axes, batch=batch[:first], heads=batch[first:] + heads))
 
 
 def _unfit(plan: Plan) -> Refusal | None:
@@ -153,8 +177,6 @@ def _unfit(plan: Plan) -> Refusal | None:
     for fill in scores.masks:
         if isinstance(fill, Fill) and fill.value > HIDES:
             return Refusal(f"the mask fills with {fill.value:g}, which a row without keys would feel", fill.node)
-    made: Size = 0
-    narrow: Size = 0
     for part in plan.parts:
         heads, own = part.heads(site), plan.latent_heads(part)
         if heads != plan.form.heads[: len(heads)] or own != heads[: len(own)]:
@@ -166,11 +188,6 @@ def _unfit(plan: Plan) -> Refusal | None:
             *space.resolve(part.latent_width),
         }:
             return Refusal("the latents vary over something else than batch, heads and keys", part.latent.node)
-        made = made + size_of(heads) * part.length
-        if not (part is plan.value and plan.one_latent):
-            narrow = narrow + size_of(own) * size_of(part.latent_width)
-    if isinstance(made, int) and isinstance(narrow, int) and narrow >= made:
-        return Refusal(f"{made} numbers of a token are made of {narrow}: that is no narrower tensor", site.key.node)
     if plan.key is not None and plan.key.bias is not None and (scores.sinks or scores.cap):
         return Refusal("the keys have a bias, which only a plain softmax ignores", plan.key.bias)
     if plan.value is not None and plan.value.bias is not None and scores.sinks:

@@ -18,6 +18,8 @@ from .layouts import layout_step
 from .sizes import concrete
 from .structure import signature
 
+aten = torch.ops.aten
+
 TOLERANCE = 1e-9
 LIMIT = 1 << 28
 """Elements of the largest intermediate tensor that a certificate may compute."""
@@ -54,10 +56,9 @@ class Comparison:
     ) -> Comparison:
         """`new` are the nodes that were built for `replacement`, `evaluate` those whose values the match relies on."""
         new = set(new)
-        frontier = {node for added in new for node in added.all_input_nodes if node not in new}
-        frontier.discard(original)
-        opened = _ancestors(evaluate)
-        inputs = {node for node in frontier - opened if not _is_view_of_another(node, frontier)}
+        sized = aten.sym_size.int  # whose size alone is read is no input: both sides compute it
+        read = {node for added in new if added.target is not sized for node in added.all_input_nodes}
+        inputs = {_bare(node) for node in read - new - {original}} - _ancestors(evaluate) - {original}
         needed = _needed(original, inputs) | _needed(replacement, inputs)
         return cls(original, replacement, tuple(sorted(needed)), frozenset(inputs))
 
@@ -73,14 +74,11 @@ class Comparison:
         return _compare(values[self.original], values[self.replacement])
 
 
-def _is_view_of_another(node: fx.Node, frontier: set[fx.Node]) -> bool:
-    """Whether a node holds elements of another one of the frontier: both must see the same numbers."""
-    step = layout_step(node)
-    while step is not None:
-        if step.source in frontier:
-            return True
-        step = layout_step(step.source)
-    return False
+def _bare(node: fx.Node) -> fx.Node:
+    """The tensor that a node is a view of: the two sides may reach it through different views."""
+    while (step := layout_step(node)) is not None:
+        node = step.source
+    return node
 
 
 def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:

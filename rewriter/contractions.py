@@ -67,6 +67,8 @@ def contraction(node: fx.Node) -> Contraction | None:
             return _linear(node)
         case aten.sum.dim_IntList:
             return _multiply_and_sum(node)
+        case aten.conv1d.default:
+            return _convolution_of_one(node)
         case aten.tensordot.default:
             return _tensordot(node)
         case aten.inner.default:
@@ -224,6 +226,17 @@ def _multiply_and_sum(node: fx.Node) -> Contraction | None:
     if "k" not in lhs or "k" not in rhs:  # a plain weighted sum over one operand
         return None
     return Contraction(node, pair[0], pair[1], lhs, rhs, out)
+
+
+def _convolution_of_one(node: fx.Node) -> Contraction | None:
+    """x[b k t] weight[n k 1]: a kernel of length one is a matrix."""
+    if (pair := _pair(args_of(node)[0], args_of(node)[1])) is None:
+        return None
+    plain = (None, [1], [0], [1], 1)  # bias, stride, padding, dilation, groups
+    given = args_of(node)[2:]
+    if len(shape_of(pair[0])) != 3 or not same_size(shape_of(pair[1])[2], 1) or given != plain[: len(given)]:
+        return None
+    return Contraction(node, pair[0], pair[1], ("b", "k", "t"), ("n", "k", None), ("b", "n", "t"))
 
 
 def _inner(node: fx.Node) -> Contraction | None:

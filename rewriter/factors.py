@@ -46,6 +46,14 @@ class _Part:
     length: Size
     width: Dim
     tokens: Cut | None
+    operand: Operand
+    reader: fx.Node
+    """What reads the end of the operand's chain."""
+
+    @property
+    def end(self) -> fx.Node:
+        """What the part is made by, behind layout operations."""
+        return self.operand.root
 
     def keys(self, site: AttentionSite) -> Dim:
         """The axes of the tokens in the tensors that the part is made of."""
@@ -103,6 +111,10 @@ class Factored(_Part):
         node = emit.cast(emit.relayout(node, layout, target), dtype)
         return node if self.factor == 1.0 else emit.call(aten.mul.Tensor, node, self.factor)
 
+    def left_whole(self) -> Whole:
+        """The part as what it is, whatever it was made of."""
+        return Whole(self.start, self.length, self.width, self.tokens, self.operand, self.reader)
+
     def heads(self, site: AttentionSite) -> Dim:
         """The head axes that the weight tells apart."""
         space = site.space
@@ -115,14 +127,6 @@ class Factored(_Part):
 @dataclass(frozen=True)
 class Whole(_Part):
     """Columns start .. of the operand's width that are no such product, and the node at which the walk ended."""
-
-    operand: Operand
-    reader: fx.Node
-    """What reads the end of the operand's chain."""
-
-    @property
-    def end(self) -> fx.Node:
-        return self.operand.root
 
 
 Factor = Factored | Whole
@@ -151,7 +155,7 @@ class _State:
 
 def _walk(state: _State, site: AttentionSite) -> list[Factor]:
     space = site.space
-    top = state.top or (state.node, state.layout)
+    state = replace(state, top=state.top or (state.node, state.layout))
     while True:
         node, layout = state.node, space.resolve_layout(state.layout)
         if (step := layout_step(node)) is not None:
@@ -174,10 +178,16 @@ def _walk(state: _State, site: AttentionSite) -> list[Factor]:
             return [found]
         else:
             break
-    width = space.resolve(state.width)
-    operand = peel(*top, space)
+    return [Whole(*_columns(state, site))]
+
+
+def _columns(state: _State, site: AttentionSite) -> tuple[Size, Size, Dim, Cut | None, Operand, fx.Node]:
+    """What every part knows."""
+    assert state.top is not None
+    operand = peel(*state.top, site.space)
     reader = operand.chain[-2][0] if len(operand.chain) > 1 else state.joined_by or site.region[0]
-    return [Whole(state.start, size_of(width), width, state.tokens, operand, reader)]
+    width = site.space.resolve(state.width)
+    return state.start, size_of(width), width, state.tokens, operand, reader
 
 
 def _uncut(state: _State, step: Part, site: AttentionSite) -> _State | None:
@@ -276,7 +286,9 @@ def _read(
 
     latent_layout, weight_layout = layout_of(latent_labels), layout_of(weight_labels)
     keys = set(space.resolve(site.axes.keys if state.tokens is None else state.tokens.whole))
-    tokens = {*site.axes.batch, *keys}
+    # A parameter may have axes that the site takes for batch: heads that were split in two look like it.
+    learned = peel(weight, weight_layout, space).root.op in ("placeholder", "get_attr")
+    tokens = keys if learned else keys | set(site.axes.batch)
     own_width = _with_wholes(space.resolve(state.width), state.cuts, space)
     if space.axes(weight_layout) & tokens or space.axes(latent_layout) & own_width:
         return None
@@ -285,12 +297,8 @@ def _read(
     bias_layout = _aligned(found.addend, layout)
     if space.axes(bias_layout) & tokens:
         return None
-    resolved = space.resolve(state.width)
     return Factored(
-        start=state.start,
-        length=size_of(resolved),
-        width=resolved,
-        tokens=state.tokens,
+        *_columns(state, site),
         latent=peel(latent, latent_layout, space),
         latent_width=width,
         weight=weight,

@@ -6,6 +6,7 @@ import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,21 @@ def calls(draw: st.DrawFn, spec: KernelSpec) -> Call:
 @given(data=st.data())
 def test_kernel_is_its_definition(spec: KernelSpec, level: Isa, data: st.DataObject) -> None:
     assert error(data.draw(calls(spec)), spec, level) <= TOLERANCE[spec.dtype]
+
+
+@pytest.mark.parametrize("heads", [2, 16])
+@pytest.mark.parametrize("base", [LATENT, FLOAT, BF16], ids=lambda spec: spec.name)
+def test_totals_join_results_over_parts_of_the_keys(base: KernelSpec, heads: int) -> None:
+    spec = replace(base, totals=True)
+    call = random_call(spec, "cpu", heads=heads, key_heads=2, queries=3, tokens=300)
+    assert call.mask is not None
+    hidden = call.mask.clone()
+    hidden[1, :, 2] = False if hidden.dtype == torch.bool else float("-inf")  # a row that sees nothing
+    call = call._replace(mask=hidden)
+    expected, actual = exact(call), built(spec, isa())(call)
+    assert actual.dtype == torch.float32 and actual.shape == expected.shape
+    assert torch.equal(actual.isneginf(), expected.isneginf())
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=2e-5, atol=TOLERANCE[spec.dtype])
 
 
 @pytest.mark.parametrize("heads", [2, 16])

@@ -177,6 +177,20 @@ def test_rows_hidden_by_the_least_number_are_means_and_by_infinity_zero(splits: 
     assert not out[1].any()
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_totals_join_results_over_parts_of_the_keys(splits: int, sinks: bool) -> None:
+    spec = KernelSpec(torch.float32, 32, 8, mask="bool", sinks=sinks, totals=True)
+    call = self_check.random_call(spec, "cpu", heads=4, key_heads=2, queries=3, tokens=90)
+    assert call.mask is not None
+    call.mask[1, :, 2] = False  # a row that sees nothing
+    out, plan = launches(spec, call, TARGET, Tile(16, 16, 4, 1, 1), splits)
+    run(load(spec, source_of(spec)), plan)
+    expected = exact(call)
+    assert torch.equal(out.isneginf(), expected.isneginf())
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=2e-6)
+
+
 def test_a_cache_beyond_32_bit_offsets() -> None:
     """70 keys, 2^25 elements apart: the memory between them is never touched. A wrong offset is a crash."""
     spec, apart = KernelSpec(torch.float16, 64), (1 << 25) + 64

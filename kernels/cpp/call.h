@@ -4,7 +4,7 @@ struct Arguments {  // in the order of cpp_library.py; strides count elements
   const Element *query, *query_rope, *key, *key_rope, *value;
   const MaskElement* mask;
   const float* sinks;
-  Element* out;
+  Out* out;
   int64_t batch, key_heads, group, queries, keys;
   int64_t query_b, query_h, query_s, query_rope_b, query_rope_h, query_rope_s;
   int64_t key_b, key_h, key_t, key_rope_b, key_rope_h, key_rope_t, value_b, value_h, value_t;

@@ -20,9 +20,10 @@ static void write_rows(const Arguments& a, const Tile& t, const Partial* parts, 
       total += weight * parts[i].total[r];
       for (int e = 0; e < VALUE_WIDTH; e++) sum[e] += weight * part[e];
     }
-    Element* out = a.out + (((t.b * a.key_heads * a.group + head) * a.queries) + row / a.group) * VALUE_WIDTH;
+    Out* out = a.out + (((t.b * a.key_heads * a.group + head) * a.queries) + row / a.group) * (VALUE_WIDTH + TOTALS);
     const float one_over = total == 0.f ? 0.f : 1.f / total;
     for (int e = 0; e < VALUE_WIDTH; e++) put(out + e, sum[e] * one_over);
+    if constexpr (TOTALS) put(out + VALUE_WIDTH, total == 0.f ? -INFINITY : (top + log2f(total)) / LOG2E);
   }
 }
 
