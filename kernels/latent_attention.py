@@ -74,7 +74,8 @@ def _per_head(rows_BHSX: Tensor, weight_KXY: Tensor) -> Tensor:
     B, H, S, X = rows_BHSX.shape
     K, _, Y = weight_KXY.shape
     rows = rows_BHSX.reshape(B, K, H // K * S, X).transpose(0, 1).reshape(K, B * (H // K) * S, X)
-    if rows.shape[1] == 1:  # matrix libraries read a matrix that meets a single row several times too slowly
+    if rows.shape[1] == 1 and fast_dtype(rows.device.type, rows.dtype) != rows.dtype:
+        # a library that multiplies this dtype in software takes ten times as long as reading the matrix does
         return (rows.transpose(1, 2) * weight_KXY).sum(1).reshape(B, H, S, Y)
     return (rows @ weight_KXY).reshape(K, B, H // K * S, Y).transpose(0, 1).reshape(B, H, S, Y)
 

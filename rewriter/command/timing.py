@@ -47,13 +47,15 @@ def take_turns(
     rounds: int,
     *,
     warm: int = 1,
+    turn: float = 0.1,
     budget: float = float("inf"),
     tick: Callable[[], object] = lambda: None,
 ) -> dict[str, Times]:
     """Time the calls in turn, so that whatever slows the machine down slows all of them.
 
-    The order moves on by one each round: nobody always runs behind the same other. No round begins after `budget`
-    seconds, except for the first three.
+    A turn is at least `turn` seconds of calls, one after the other as a program makes them; its median counts. The order
+    moves on by one each round: nobody always runs behind the same other. No round begins after `budget` seconds, except
+    for the first three.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
@@ -62,11 +64,19 @@ def take_turns(
         if number >= 3 and time.perf_counter() - began > budget:
             break
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            taken = _timed(calls[name])
+            taken = _turn(calls[name], turn)
             if number >= 0:
                 seconds[name].append(taken)
                 tick()
     return {name: Times(tuple(taken)) for name, taken in seconds.items()}
+
+
+def _turn(call: Call, least: float) -> float:
+    """The median seconds of as many calls as fit into `least` seconds, without the first, which finds others' caches."""
+    taken = [_timed(call)]
+    while sum(taken) < least:
+        taken.append(_timed(call))
+    return statistics.median(taken[1:] or taken)
 
 
 def first_call(call: Call) -> tuple[Any, float]:
