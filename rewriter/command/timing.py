@@ -53,9 +53,9 @@ def take_turns(
 ) -> dict[str, Times]:
     """Time the calls in turn, so that whatever slows the machine down slows all of them.
 
-    A turn is at least `turn` seconds of calls, one after the other as a program makes them; its median counts. The order
-    moves on by one each round: nobody always runs behind the same other. No round begins after `budget` seconds, except
-    for the first three.
+    A turn is at least `turn` seconds of calls, one after the other as a program makes them; its median counts. The
+    order moves on by one each round: nobody always runs behind the same other. No round begins after `budget` seconds,
+    except for the first three.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
@@ -72,7 +72,7 @@ def take_turns(
 
 
 def _turn(call: Call, least: float) -> float:
-    """The median seconds of as many calls as fit into `least` seconds, without the first, which finds others' caches."""
+    """The median of as many calls as fit into `least` seconds, without the first, which finds others' caches."""
     taken = [_timed(call)]
     while sum(taken) < least:
         taken.append(_timed(call))
