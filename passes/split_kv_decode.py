@@ -23,7 +23,7 @@ class SplitKVDecode:
         if call is None:
             return Refusal("the attention is not one fused call", site.anchor)
         if call.name == "latent::attention":
-            return Refusal("its kernel is chosen when it is lowered", call.anchor)
+            return Refusal("it is latent::attention already", call.anchor)
         if call.opaque or call.dropout:
             return Refusal(f"{call.name} also does what is not read here", call.anchor)
         if site.axes.queries:
