@@ -53,13 +53,9 @@ _CONSTANTS = Template("""\
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <utility>
 #include <vector>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
+$intrinsics
 struct Bf16 { uint16_t bits; };
 struct Half { uint16_t bits; };
 enum class Mask { NONE, BOOL, ADDITIVE };
@@ -100,6 +96,13 @@ constexpr int KEY_STRIDE = $key_stride;     // no multiple of the cache's sets
 constexpr int VALUE_STRIDE = $value_stride;
 """)
 
+_INTRINSICS = """\
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define INTRINSICS
+#endif
+"""
+
 _PARTS = ("vectors.h", "call.h", "many_rows.h", "few_rows.h", "entry.h")
 
 
@@ -126,6 +129,7 @@ def _constants(spec: KernelSpec, isa: Isa) -> dict[str, object]:
         scores += " + mask"
     return {
         "name": spec.name,
+        "intrinsics": _INTRINSICS if dot or torch.float16 in (spec.dtype, spec.mask_dtype) else "",
         "isa": " ".join((isa.name, *isa.flags)),
         "scores": f"visible({scores})" + ", and of the sink of the head" * spec.sinks,
         "values": "Values are the first part of the keys." if latent else "",

@@ -27,7 +27,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 torch.library.define(
     "latent::generated_attention",
     "(Tensor query, Tensor? query_rope, Tensor key, Tensor? key_rope, Tensor? value, Tensor? mask, Tensor? sinks, "
-    "float scale, float cap, bool causal, SymInt window, SymInt offset) -> Tensor",
+    "float scale, float cap, bool causal, SymInt window, SymInt offset, "
+    "bool totals=False) -> Tensor",
 )
 
 
@@ -105,18 +106,21 @@ def _build(spec: KernelSpec, device: str) -> tuple[str, Kernel]:
 
 def _generated_attention(*arguments: Any) -> Tensor:
     call = Call(*arguments)
-    out_width = call.key.shape[-1] if call.value is None else call.value.shape[-1]
     if call.query.numel() == 0 or call.key.shape[2] == 0:
-        return call.query.new_zeros((*call.query.shape[:3], out_width))
+        nothing = _empty(*arguments).zero_()
+        if call.totals:
+            nothing[..., -1] = float("-inf")
+        return nothing
     return kernel_for(spec_of(call), call.query.device.type)(call)
 
 
-def _shape(
-    query: Tensor, query_rope: Tensor | None, key: Tensor, key_rope: Tensor | None, value: Tensor | None, *rest: Any
-) -> Tensor:
-    return query.new_empty((*query.shape[:3], (key if value is None else value).shape[-1]))
+def _empty(*arguments: Any) -> Tensor:
+    """A result that is still to be written."""
+    call = Call(*arguments)
+    width = (call.key if call.value is None else call.value).shape[-1] + call.totals
+    return call.query.new_empty((*call.query.shape[:3], width), dtype=torch.float32 if call.totals else None)
 
 
 torch.library.impl("latent::generated_attention", "CPU", _generated_attention)
 torch.library.impl("latent::generated_attention", "CUDA", _generated_attention)
-torch.library.register_fake("latent::generated_attention", _shape)
+torch.library.register_fake("latent::generated_attention", _empty)

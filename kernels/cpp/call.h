@@ -22,7 +22,7 @@ struct Tile {
 // What a range of keys gave the rows of a tile: exp-weighted sums of values, log2 of the largest weight, sums of weights.
 struct Partial {
   float *sum, *top, *total;  // sum[row * OUT_STRIDE + e]
-  bool* skipped;             // whether keys with the least finite bias were left out
+  uint8_t* skipped;          // whether keys with the least finite bias were left out
 };
 
 constexpr float LOWEST = -3.2e38f;    // below every score; finite, so that differences are defined
@@ -63,7 +63,7 @@ enum class Sight { NONE, SOME, ALL };
 // Fills bias[place(row, n)], in units of log2, for `count` keys from `first` on; -inf hides. ALL: it is 0 everywhere and
 // not filled. With `skip`, keys at the least finite bias (masks made of finfo.min) count as hidden.
 template <class Place>
-static Sight look(const Arguments& a, const Tile& t, int64_t first, int count, bool skip, bool* skipped, float* bias,
+static Sight look(const Arguments& a, const Tile& t, int64_t first, int count, bool skip, uint8_t* skipped, float* bias,
                   Place place) {
   const int64_t first_token = t.first_row / a.group, last_token = (t.first_row + t.rows - 1) / a.group;
   const bool limited = (a.causal && first + count - 1 > first_token + a.offset) ||

@@ -60,7 +60,7 @@ extern "C" void latent_attention(const Arguments* arguments) {
   storage.resize(splits > 1 ? items * size : 0);
   float* const partials = storage.data();
   std::vector<int> finished(splits > 1 ? all_tiles : 0);
-  std::unique_ptr<bool[]> skipped(new bool[items]());
+  std::vector<uint8_t> skipped(items);
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {

@@ -9,7 +9,7 @@ INLINE Floats add_product(Floats sum, Floats x, Floats y) { return sum + x * y; 
 
 // Pairs of bfloat16: sum + x_low · y_low + x_high · y_high.
 INLINE Floats add_product(Floats sum, Words x, Words y) {
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && defined(INTRINSICS)
   return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
 #else
   sum += (Floats)(x << 16) * (Floats)(y << 16);

@@ -24,10 +24,10 @@ INLINE Floats load(const Bf16* p) { return (Floats)(load_bits(&p->bits) << 16); 
 
 template <class Wide>
 INLINE Wide widen(const Half* p) {
-#ifdef __AVX512F__
+#if defined(__AVX512F__) && defined(INTRINSICS)
   if constexpr (sizeof(Wide) == 64) return (Wide)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #endif
-#ifdef __F16C__
+#if defined(__F16C__) && defined(INTRINSICS)
   if constexpr (sizeof(Wide) == 32) return (Wide)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #endif
   // Exponents are biased by 15 instead of 127; the product with 2^112 also normalises subnormal numbers.
