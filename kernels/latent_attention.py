@@ -152,7 +152,8 @@ def _expand(call: LatentCall, start: int, stop: int) -> tuple[Tensor, Tensor | N
         value = value + call.value_bias[:, None]
     rope = call.key_rope
     if rope is not None:
-        rope = rope[:, :, start:stop].to(key.dtype).repeat_interleave(K // rope.shape[1], 1)
+        rope = rope[:, :, start:stop].to(key.dtype)
+        rope = rope.expand(-1, K, -1, -1) if rope.shape[1] == 1 else rope.repeat_interleave(K // rope.shape[1], 1)
     return key, rope, value
 
 

@@ -50,7 +50,7 @@ def llama(tmp_path_factory):
 def test_everybody_has_one_turn_a_round_and_the_order_moves_on():
     turns, prepared, ticks = [], [], []
     calls = {n: Call(lambda n=n: turns.append(n), lambda n=n: prepared.append(n)) for n in "abc"}
-    times = take_turns(calls, 3, warm=1, tick=lambda: ticks.append(1))
+    times = take_turns(calls, 3, warm=1, turn=0.0, tick=lambda: ticks.append(1))
     assert prepared == turns and len(ticks) == 9
     assert ["".join(turns[n : n + 3]) for n in range(0, 12, 3)] == ["cab", "abc", "bca", "cab"]
     assert all(len(t.seconds) == 3 and t.least <= t.median <= t.most for t in times.values())

@@ -122,7 +122,8 @@ def check(case: Case, options: dict[str, Any]) -> None:
     assert {verdict.outcome for verdict in report.verdicts} <= {"applied", "refused", "not paying", "off"}
     assert all(len(graph.sites) == model.config.num_hidden_layers for graph in report.graphs)
     if case.attn == "eager" and case.model not in WITHOUT_FUSION:
-        assert report.count("fuse_attention") == len(report.sites)
+        fused, absorbed = report.count("fuse_attention"), report.count("absorb_up_projection")
+        assert fused + absorbed == len(report.sites)
 
 
 @pytest.mark.parametrize("case", _slow(EVERY, QUICK))
