@@ -171,6 +171,9 @@ def _with_heads_of(site: AttentionSite, parts: list[Factored]) -> AttentionSite:
 def _unfit(plan: Plan) -> Refusal | None:
     """Why the parts do not go together, or None."""
     site, space, scores = plan.site, plan.site.space, plan.scores
+    columns = [size for part in (*plan.parts, *(whole for _, whole in plan.rest)) for size in (part.start, part.length)]
+    if not all(isinstance(size, int) for size in columns):
+        return Refusal("the widths of the parts of the keys are symbols", site.key.node)
     for step in scores.scale_by:
         if key_scaling(step, site, space):
             return Refusal("the scores are scaled by a tensor that varies over the keys", step.node)

@@ -98,8 +98,10 @@ class _Run:
         self.verdicts.append(verdict)
 
     def _judge(self, entry: RewriteEntry, rule: Rewrite, site: AttentionSite, index: int, verdict: Verdict) -> Verdict:
+        splits, sums = dict(site.space.splits), dict(site.space.sums)
         answer = rule.match(site)
-        if isinstance(answer, Refusal):
+        if isinstance(answer, Refusal):  # what it learned about the axes on the way is forgotten
+            site.space.splits, site.space.sums = splits, sums
             return self._refuse(verdict, answer)
         if not rule.benefit(answer).pays(self.hints):
             return replace(verdict, outcome="not paying", reason="as many bytes move as before")

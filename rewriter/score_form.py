@@ -88,6 +88,8 @@ def score_form(site: AttentionSite) -> ScoreForm | Unusual:
                     return Unusual("the scores are masked after a sink was appended", step.node)
                 masks.append(step)
             case Sink():
+                if step.dim is None and _shifted(site, position):
+                    return Unusual("a sink stands in the denominator, and the scores are shifted", step.node)
                 sinks.append(step)
             case Blend():
                 return Unusual("the mask is multiplied in and its numbers need not be zeros and ones", step.node)
@@ -135,6 +137,12 @@ def unusual_weights(site: AttentionSite) -> Unusual | None:
             case _:
                 return Unusual("rows without a visible key are set to zero after the softmax", step.node)
     return None
+
+
+def _shifted(site: AttentionSite, end: int) -> bool:
+    """Whether one of the first steps adds to all keys alike, such as a subtracted maximum."""
+    keys, space = set(site.axes.keys), site.space
+    return any(isinstance(step, Bias) and not space.axes(step.layout) & keys for step in site.steps[:end])
 
 
 def _ignored(step: Bias, site: AttentionSite, later: tuple[ScoreStep, ...]) -> bool:
