@@ -234,13 +234,13 @@ def _attend_to_latents(plan: Plan, key: Factored, value: Factored, emit: Emitter
     value_latent = None
     if not plan.one_latent:
         value_latent = value.emit_of_keys(emit, site, value.latent, own, value.latent_width, dtype)
-    query, scale = emit_query_scale(emit, form, plan.scores, _query(plan, emit, plan.term, key), dtype)
+    query, scale = _scaled_query(plan, emit, plan.term, key)
     query_rope = key_rope = None
     if plan.rest:
         shared = all(_shared(plan, whole) for _, whole in plan.rest)
         queries, keys = [], []
         for n, whole in plan.rest:
-            queries.append(emit_query_scale(emit, form, plan.scores, _query(plan, emit, n, whole), dtype)[0])
+            queries.append(_scaled_query(plan, emit, n, whole)[0])
             keys.append(whole.emit_of_keys(emit, site, whole.operand, own if shared else heads, whole.width, dtype))
         query_rope, key_rope = (t[0] if len(t) == 1 else emit.call(aten.cat.default, t, -1) for t in (queries, keys))
     scoring = _scoring(plan, emit, query, scale)
@@ -304,6 +304,12 @@ def _query(plan: Plan, emit: Emitter, term: int, part: Factored | Whole) -> fx.N
         query = emit.call(aten.slice.Tensor, query, 3, part.start, part.start + part.length)
     factor = site.terms[term].factor
     return query if factor == 1.0 else emit.call(aten.mul.Tensor, query, factor)
+
+
+def _scaled_query(plan: Plan, emit: Emitter, term: int, part: Factored | Whole) -> tuple[fx.Node, float]:
+    """The same, times what scales it; a scale that is a symbol is among that, because kernels take numbers."""
+    query, scale = emit_query_scale(emit, plan.form, plan.scores, _query(plan, emit, term, part), plan.dtype)
+    return (emit.call(aten.mul.Tensor, query, scale), 1.0) if isinstance(scale, fx.Node) else (query, scale)
 
 
 def _scoring(plan: Plan, emit: Emitter, query: fx.Node, scale: float | fx.Node) -> Scoring:

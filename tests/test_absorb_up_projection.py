@@ -12,7 +12,7 @@ from corpus import ALL
 from corpus.latent_attention import EXPECTED
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from latent.kernels.generated import reference
+from latent.kernels.generated import reference, unavailable
 from latent.kernels.latent_attention import LatentCall, absorbed, expanded, expanded_in_blocks, plain
 from latent.rewriter import history
 from rewrite_tools import outcome
@@ -57,6 +57,28 @@ def test_native_attention_to_latents(S: int) -> None:
     assert found.verdict.outcome == "applied", found.verdict
     assert found.verdict.error is not None and found.verdict.error < 1e-12
     assert found.error < 1e-5
+
+
+class Scaled(torch.nn.Module):
+    """Attention by hand whose scale is an attribute: with dynamic shapes Dynamo makes a symbol of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = 0.37
+        self.up = torch.nn.Linear(C, H * (D + E), bias=False)
+
+    def forward(self, query: Tensor, latent: Tensor) -> Tensor:
+        key, value = keys_and_values(latent, self.up.weight)
+        return (query @ key.mT * self.scale).softmax(-1) @ value
+
+
+@pytest.mark.skipif(bool(unavailable("cpu")), reason=unavailable("cpu"))
+def test_a_symbolic_scale_keeps_the_kernel() -> None:
+    t = tensors()
+    found = outcome("absorb_up_projection", Scaled(), t["query"], t["latent"], dynamic=True)
+    assert found.verdict.outcome == "applied" and found.error < 1e-5
+    (graph,) = history.reports().graphs
+    assert "plain operators" not in " ".join(graph.lowered)
 
 
 def own_rope(query: Tensor, latent: Tensor, weight: Tensor, angle: Tensor) -> Tensor:
