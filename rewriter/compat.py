@@ -403,3 +403,11 @@ def size_hints(nodes: Iterable[fx.Node]) -> dict[sympy.Symbol, int]:
                 known = size.node.shape_env.backed_var_to_val  # 2.13
                 hints.update({s: int(known.get(s, 2)) for s in size.node.expr.free_symbols})
     return hints
+
+
+# ** the processor **
+
+
+def tiles_permitted() -> bool:
+    """Whether this process may use matrix tiles (AMX), which the kernel of the system grants on request."""
+    return bool(torch.cpu._init_amx())  # 2.13
