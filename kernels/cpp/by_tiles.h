@@ -82,10 +82,9 @@ static void attend_group(const Arguments& a, const Tile& t, Rows& w, int group, 
     float* out = w.out[group] + r * OUT_ROWS;
     for (int e = 0; e < OUT_ROWS; e += LANES) store(out + e, load(out + e) * w.keep[r]);
   }
-  int64_t ahead = group == 0 ? first + BLOCK : end;
-  constexpr int AT_A_TIME = (BLOCK * 2 * SIDE + OUT_ROWS - 1) / OUT_ROWS;
+  Ahead ahead{a, t, group == 0 ? first + BLOCK : end, std::min(end, first + 2 * BLOCK)};
   for (int e = 0; e < OUT_ROWS; e += 2 * SIDE) {
-    for (int n = 0; n < AT_A_TIME && ahead < std::min(end, first + 2 * BLOCK); n++) prefetch_token(a, t, ahead++);
+    ahead.fetch((BLOCK * Ahead::LINES * 2 * SIDE + OUT_ROWS - 1) / OUT_ROWS);
     multiply_tiles<TWO, true, true>({weights, VALUE_STEPS * PAIR, SIDE * VALUE_STEPS * PAIR, SIDE * PAIR},
                                     {w.values + e, VALUE_STRIDE * PAIR, SIDE * PAIR, SIDE * VALUE_STRIDE * PAIR},
                                     VALUE_STEPS / SIDE,

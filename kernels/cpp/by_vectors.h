@@ -50,24 +50,21 @@ template <int VECTORS>
 static void attend_group(const Arguments& a, const Tile& t, Rows& w, int group, int64_t first, int count, int64_t end,
                          bool biased) {
   constexpr int I = VECTORS == 1 ? I_OF_ONE : I_OF_TWO;
-  int64_t ahead = group == 0 ? first + BLOCK : end;
-  const int64_t last = std::min(end, first + 2 * BLOCK);
-  const auto prefetch_next = [&] {
-    if (ahead < last) prefetch_token(a, t, ahead++);
-  };
+  constexpr int CALLS = BLOCK / I * (KEY_STEPS / STRETCH) + COLUMNS / I * ((VALUE_STEPS + STRETCH - 1) / STRETCH);
+  Ahead ahead{a, t, group == 0 ? first + BLOCK : end, std::min(end, first + 2 * BLOCK)};
+  const auto fetch = [&]() __attribute__((always_inline)) { ahead.fetch(BLOCK * Ahead::LINES / (CALLS + 1) + 1); };
   for (int k = 0; k < KEY_STEPS; k += STEPS_IN_L1)
     for (int n = 0; n < count; n += I) {
       const auto start = [&](int i, int v) { return k ? load(w.scores[n + i] + v * LANES) : Floats{}; };
       add_products<I, VECTORS, KEY_STRIDE, 1>(w.keys + n * KEY_STRIDE + k, w.queries[group] + k,
-                                              std::min(STEPS_IN_L1, KEY_STEPS - k), w.scores + n, start,
-                                              prefetch_next);
+                                              std::min(STEPS_IN_L1, KEY_STEPS - k), w.scores + n, start, fetch);
     }
   weigh<VECTORS>(a, w, group, count, biased);
   const Operand* values = VALUES_ARE_KEYS && !BF16_DOT ? w.keys : w.values;
   for (int e = 0; e < COLUMNS; e += I) {
     float(*out)[GROUP] = (float(*)[GROUP])w.out[group] + e;
     const auto start = [&](int i, int v) { return load(out[i] + v * LANES) * load(w.keep + v * LANES); };
-    add_products<I, VECTORS, 1, VALUE_STRIDE>(values + e, w.weights, (count + STEP - 1) / STEP, out, start, [] {});
+    add_products<I, VECTORS, 1, VALUE_STRIDE>(values + e, w.weights, (count + STEP - 1) / STEP, out, start, fetch);
   }
 }
 
