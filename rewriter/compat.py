@@ -56,6 +56,7 @@ __all__ = [
     "statically_known_true",
     "storage_of",
     "switches_mode",
+    "symint_of",
     "symbolic_functions",
     "trace_pre_dispatch",
 ]
@@ -96,6 +97,16 @@ def expr_of(value: object) -> sympy.Expr:
     if isinstance(value, bool | int | float):
         return sympy.sympify(value)
     raise TypeError(f"{type(value).__name__} is not a number")
+
+
+def symint_of(size: int | sympy.Expr, like: torch.Tensor) -> int | torch.SymInt:
+    """A size as a number that may be compared; a comparison of a symbolic one adds a guard. `like` knows the symbols."""
+    if isinstance(size, int):
+        return size
+    env = like.fake_mode.shape_env  # type: ignore[attr-defined]
+    hint = int(size.subs({s: env.backed_var_to_val[s] for s in size.free_symbols}))  # 2.13
+    made: int | torch.SymInt = env.create_symintnode(size, hint=hint)
+    return made
 
 
 def statically_known_true(condition: bool | torch.SymBool) -> bool:
