@@ -20,7 +20,12 @@ from torch._dynamo.source import ConstantSource  # 2.13
 from torch._guards import Source  # 2.13
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # 2.13
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+    free_unbacked_symbols,
+)
 from torch.fx.experimental.symbolic_shapes import statically_known_true as _known_true
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -41,6 +46,7 @@ __all__ = [
     "emit_trace_artifact",
     "expr_of",
     "fake_mode_of",
+    "fake_of_shape",
     "fqn_of",
     "hand_to_inductor",
     "inductor_modes",
@@ -88,6 +94,16 @@ def fake_mode_for(values: Sequence[object]) -> FakeTensorMode:
     """A new fake mode that shares the symbols of the SymInts among `values`, if there are any."""
     env = next((v.node.shape_env for v in values if isinstance(v, torch.SymInt | torch.SymFloat)), None)
     return FakeTensorMode(shape_env=env or ShapeEnv(), allow_non_fake_inputs=True)
+
+
+def fake_of_shape(mode: FakeTensorMode, shape: Sequence[int], symbolic: Sequence[bool]) -> torch.Tensor:
+    """A fake float32 tensor on the CPU, some of whose dimensions are symbolic."""
+    if not any(symbolic):
+        with mode:
+            return torch.empty(shape)
+    dims = [DimDynamic.DUCK if one else DimDynamic.STATIC for one in symbolic]
+    context = StatelessSymbolicContext(dynamic_sizes=dims)
+    return mode.from_tensor(torch.empty(shape), symbolic_context=context)
 
 
 def expr_of(value: object) -> sympy.Expr:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..compat import fake_mode_for, trace_pre_dispatch
+from ..compat import fake_mode_for, fake_of_shape, trace_pre_dispatch
 from ..normal_form import normalise
 from ..opening import decompositions
 
@@ -113,11 +113,18 @@ def trace_example(
     sizes: Sizes,
     scalars: Mapping[str, float],
     absent: frozenset[str] = frozenset(),
+    symbolic: frozenset[str] = frozenset(),
 ) -> torch.fx.GraphModule:
-    """The function at these sizes, in normal form; its placeholders are the tensors that are present, in order."""
+    """The function at these sizes, in normal form; its placeholders are the tensors that are present, in order.
+
+    Dimensions with a name in `symbolic` are so; equal sizes then share a symbol.
+    """
     present = example.present(absent)
-    with fake_mode_for(()):
-        fakes = [torch.empty(argument.shape(sizes)) for argument in present.values()]
+    mode = fake_mode_for(())
+    fakes = [
+        fake_of_shape(mode, argument.shape(sizes), [bool(symbolic.intersection(dim)) for dim in argument.dims])
+        for argument in present.values()
+    ]
 
     def body(*values: torch.Tensor) -> Any:
         return call(function, example, dict(zip(present, values, strict=True)), scalars)
