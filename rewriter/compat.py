@@ -62,8 +62,8 @@ __all__ = [
     "statically_known_true",
     "storage_of",
     "switches_mode",
-    "symint_of",
     "symbolic_functions",
+    "symint_of",
     "trace_pre_dispatch",
 ]
 
@@ -102,7 +102,7 @@ def fake_of_shape(mode: FakeTensorMode, shape: Sequence[int], symbolic: Sequence
         with mode:
             return torch.empty(shape)
     dims = [DimDynamic.DUCK if one else DimDynamic.STATIC for one in symbolic]
-    context = StatelessSymbolicContext(dynamic_sizes=dims)
+    context: Any = StatelessSymbolicContext(dynamic_sizes=dims)  # 2.13
     return mode.from_tensor(torch.empty(shape), symbolic_context=context)
 
 

@@ -96,7 +96,7 @@ class Emitter:
         if (made := self._session.find(target, args, kwargs, self._before)) is not None:
             return made
         values = fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
-        with fake_mode_of_value(values) as mode:
+        with fake_mode_of_value((values, self._before.meta.get("val"))) as mode:
             if isinstance(mode, FakeTensorMode):  # constants of the graph are real tensors
                 values = pytree.tree_map_only(torch.Tensor, lambda t: as_fake(t, mode), values)
             value = (shaped or target)(*values[0], **values[1])

@@ -136,6 +136,14 @@ def unregister(name: str) -> None:
         _changed()
 
 
+def unregister_pattern(function: Callable[..., Any]) -> None:
+    """Forget a pattern. Unknown ones are ignored."""
+    for known in _patterns.values():
+        if function in known:
+            known.remove(function)
+            _changed()
+
+
 def on_change(listener: Callable[[], None]) -> None:
     """Call `listener` whenever a pattern or a rewrite comes or goes."""
     _listeners.append(listener)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ __all__ = ["CheckReport", "RewriteCheckFailed", "check_rewrite"]
 
 TOLERANCE = 1e-3
 """Of float32 results relative to their size; the certificate compares in fp64."""
+
+_NO_GRADIENT = "its result has no gradient (gradient=False, if it is meant for inference alone)"
 
 Range = int | tuple[int, int]
 SMALL = (1, 8)
@@ -54,12 +56,14 @@ class CheckReport:
     def __str__(self) -> str:
         also = ["gradients agree"] if self.gradient else []
         also += [f"symbolic {' '.join(self.symbolic)}"] if self.symbolic else []
-        return f"{self.name}: applied to {self.applied} of {self.examples} examples; {', '.join(also) or 'values agree'}"
+        return (
+            f"{self.name}: applied to {self.applied} of {self.examples} examples; {', '.join(also) or 'values agree'}"
+        )
 
 
 @dataclass(frozen=True)
 class _Case:
-    """One function that the rewrite should match, and what its result should be."""
+    """A function that the rewrite should match, and one with the result and gradients that it should have then."""
 
     function: Callable[..., Any]
     wanted: Callable[..., Any]
@@ -104,20 +108,21 @@ def check_rewrite(
     """
     entry = _entry(rule)
     cases = _cases(entry)
-    tally = [0, 0]
-    failed = _search(entry, cases, dict(sizes or {}), examples, gradient, tally)
-    if failed is not None:
-        draw, reason = failed
-        raise RewriteCheckFailed(_text(entry, draw, reason))
-    if not tally[1]:
-        raise RewriteCheckFailed(f"{entry.name} was applied to none of {tally[0]} examples; give `sizes` where it should be")
+    found = _search(entry, cases, dict(sizes or {}), examples, gradient)
+    if found.failed is not None:
+        raise RewriteCheckFailed(_text(entry, *found.failed))
+    if not found.applied:
+        raise RewriteCheckFailed(
+            f"{entry.name} was applied to none of {found.tried} examples; give `sizes` that fit it"
+        )
     done: list[str] = []
-    for case in cases:
-        names = _symbolic_names(entry, case) if symbolic is None else tuple(symbolic)
-        if names and (reason := _check_symbolic(entry, case, names, dict(sizes or {}))):
+    for draw in {draw.case: draw for draw in found.applied}.values():
+        names = _symbolic_names(entry, draw.case) if symbolic is None else tuple(symbolic)
+        reason = _check_symbolic(entry, draw, names, dict(sizes or {})) if names else None
+        if reason:
             raise RewriteCheckFailed(f"{entry.name} with symbolic {' '.join(names)}:\n  {reason}")
-        done += names
-    return CheckReport(entry.name, tally[0], tally[1], gradient, tuple(dict.fromkeys(done)))
+        done += names if reason == "" else ()
+    return CheckReport(entry.name, found.tried, len(found.applied), gradient, tuple(dict.fromkeys(done)))
 
 
 def _entry(rule: str | object) -> RewriteEntry:
@@ -131,7 +136,7 @@ def _entry(rule: str | object) -> RewriteEntry:
 def _cases(entry: RewriteEntry) -> tuple[_Case, ...]:
     if isinstance(entry.rule, Replacement):
         rule = entry.rule
-        return (_Case(rule.pattern, rule.function, rule.example),)
+        return (_Case(rule.pattern, rule.pattern if entry.exact else rule.function, rule.example),)
     declared = getattr(entry.rule, "examples", ())
     if not declared:
         raise ValueError(
@@ -144,21 +149,29 @@ def _cases(entry: RewriteEntry) -> tuple[_Case, ...]:
 # ** the search **
 
 
+@dataclass
+class _Search:
+    """What the search came by."""
+
+    tried: int = 0
+    applied: list[_Draw] = field(default_factory=list)
+    failed: tuple[_Draw, str] | None = None
+    """The smallest draw that fails, and why."""
+
+
 def _search(
     entry: RewriteEntry,
     cases: Sequence[_Case],
     ranges: Mapping[str, Range],
     examples: int,
     gradient: bool,
-    tally: list[int],
-) -> tuple[_Draw, str] | None:
-    """The smallest draw that fails, and why; None when none was found."""
+) -> _Search:
     try:
         from hypothesis import HealthCheck, Phase, given, settings
     except ImportError:
         raise ImportError("check_rewrite draws its examples with hypothesis: pip install hypothesis") from None
 
-    smallest: list[tuple[_Draw, str]] = []
+    found = _Search()
 
     @settings(
         max_examples=examples,
@@ -171,17 +184,16 @@ def _search(
     @given(_draws(cases, ranges))
     def attempt(draw: _Draw) -> None:
         reason = _check(entry, draw, gradient)
-        tally[0] += 1
-        tally[1] += reason == ""
+        found.tried += 1
         if reason:
-            smallest[:] = [(draw, reason)]
+            found.failed = draw, reason  # hypothesis ends with the smallest
             raise RewriteCheckFailed(reason)
+        if reason == "":
+            found.applied.append(draw)
 
-    try:
+    with contextlib.suppress(RewriteCheckFailed):
         attempt()
-    except RewriteCheckFailed:
-        return smallest[0]
-    return None
+    return found
 
 
 def _draws(cases: Sequence[_Case], ranges: Mapping[str, Range]) -> Any:
@@ -212,7 +224,10 @@ def _range(given: Range) -> tuple[int, int]:
 
 def _check(entry: RewriteEntry, draw: _Draw, gradient: bool) -> str | None:
     """Why the rewrite is wrong here; "" where it was applied and is right, None where it does not apply."""
-    traced = trace_example(draw.case.function, draw.case.example, draw.sizes, draw.scalars, draw.absent)
+    try:
+        traced = trace_example(draw.case.function, draw.case.example, draw.sizes, draw.scalars, draw.absent)
+    except Exception as error:
+        return f"its example cannot be called there: {type(error).__name__}: {error}; give `sizes` that fit it"
     verdict = _rewritten(entry, traced)
     if verdict is None:
         return None if 1 in draw.sizes.values() else "its example is not recognised as attention"
@@ -258,11 +273,13 @@ def _disagreement(traced: fx.GraphModule, draw: _Draw, sizes: Mapping[str, int],
     if not gradient:
         return ""
     if not got.requires_grad:
-        return "its result has no gradient; pass gradient=False if it is meant for inference alone"
+        return _NO_GRADIENT
     pull = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1))
-    own = call(draw.case.function, draw.case.example, values, draw.scalars) if wanted.grad_fn is None else wanted
-    expected = torch.autograd.grad(own, list(values.values()), pull, allow_unused=True)
-    given = torch.autograd.grad(got, list(values.values()), pull, allow_unused=True)
+    expected = torch.autograd.grad(wanted, list(values.values()), pull, allow_unused=True)
+    try:
+        given = torch.autograd.grad(got, list(values.values()), pull, allow_unused=True)
+    except RuntimeError as raised:  # autograd's own words for an operator without a formula
+        return f"{_NO_GRADIENT}: {str(raised).splitlines()[0]}"
     for name, one, other in zip(values, given, expected, strict=True):
         if (error := _error(_or_zero(one, values[name]), _or_zero(other, values[name]))) > TOLERANCE:
             return f"the gradient of {name} is off by {error:.1e} of its size"
@@ -288,19 +305,21 @@ def _symbolic_names(entry: RewriteEntry, case: _Case) -> tuple[str, ...]:
 
 
 def _check_symbolic(
-    entry: RewriteEntry, case: _Case, names: tuple[str, ...], ranges: Mapping[str, Range]
-) -> str:
-    """One trace with symbolic sizes, run at two choices of them."""
-    start = {name: _range(ranges.get(name, SMALL))[1] for name in case.example.names}
-    first = {name: max(size - 2 * number, 2) if name in names else size for number, (name, size) in enumerate(start.items())}
-    draw = _Draw(case, first, case.example.scalars, frozenset(), 0)
-    traced = trace_example(case.function, case.example, first, draw.scalars, symbolic=frozenset(names))
+    entry: RewriteEntry, draw: _Draw, names: tuple[str, ...], ranges: Mapping[str, Range]
+) -> str | None:
+    """One trace with symbolic sizes, run at two choices of them; None where the rewrite's condition excludes them."""
+    case = draw.case
+    different = {name: max(_range(ranges.get(name, SMALL))[1] - n, 2) for n, name in enumerate(names)}
+    first = {**draw.sizes, **different}
+    traced = trace_example(case.function, case.example, first, draw.scalars, draw.absent, frozenset(names))
     verdict = _rewritten(entry, traced)
     if verdict is None or verdict.outcome != "applied":
+        if verdict is not None and _by_condition(verdict):
+            return None
         return f"{verdict.outcome}: {verdict.reason}" if verdict else "its example is not recognised as attention"
-    for sizes in (first, {name: size + 3 * (name in names) for name, size in first.items()}):
+    for sizes in (first, {**first, **{name: size + 3 for name, size in different.items()}}):
         if reason := _disagreement(traced, draw, sizes, gradient=False):
-            return f"at {_Draw(case, sizes, draw.scalars, frozenset(), 0)}: {reason}"
+            return f"at {replace(draw, sizes=sizes)}: {reason}"
     return ""
 
 
@@ -312,4 +331,3 @@ def _text(entry: RewriteEntry, draw: _Draw, reason: str) -> str:
     if isinstance(entry.rule, Replacement) and entry.rule.where is not None:
         lines.append(f"  where: {text_of(entry.rule.where)}   holds there, so it admits what the replacement cannot do")
     return "\n".join(lines)
-

@@ -12,7 +12,6 @@ from ..axes import Dim, Layout, same_size
 from ..canonical import Canonical, computed_in, emit_mask, emit_query_key, emit_sinks, place
 from ..emit import Emitter
 from ..layouts import is_tensor, shape_of
-from ..masks.terms import Flags
 from ..purity import is_random
 from ..sites import Scale
 from .overlay import Overlay

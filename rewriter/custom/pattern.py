@@ -292,6 +292,13 @@ class _Reader:
 
 def _letters(site: AttentionSite) -> dict[Axis, str]:
     axes = site.axes
-    dims = {"b": axes.batch, "h": axes.heads, "g": axes.groups, "i": axes.queries, "j": axes.keys, "e": axes.value_width}
+    dims = {
+        "b": axes.batch,
+        "h": axes.heads,
+        "g": axes.groups,
+        "i": axes.queries,
+        "j": axes.keys,
+        "e": axes.value_width,
+    }
     letters = {axis: letter for letter, dim in dims.items() for axis in dim}
     return {**{axis: "d" for axis in width_of(site)}, **letters}
