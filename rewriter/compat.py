@@ -52,6 +52,7 @@ __all__ = [
     "inductor_modes",
     "inductor_options",
     "inference_switch",
+    "is_opened_while_compiling",
     "is_static_input",
     "list_mode_options",
     "new_unbacked_symbols",
@@ -116,7 +117,7 @@ def expr_of(value: object) -> sympy.Expr:
 
 
 def symint_of(size: int | sympy.Expr, like: torch.Tensor) -> int | torch.SymInt:
-    """A size as a number that may be compared; a comparison of a symbolic one adds a guard. `like` knows the symbols."""
+    """A size as a number; comparing a symbolic one adds a guard. `like` is a tensor whose sizes have its symbols."""
     if isinstance(size, int):
         return size
     env = like.fake_mode.shape_env  # type: ignore[attr-defined]
@@ -380,6 +381,14 @@ def hand_to_inductor(
     given: list[Any] = list(inputs)
     compiled: Any = compile_fx(gm, given, config_patches=dict(patches or {}) or None)
     return compiled  # type: ignore[no-any-return]
+
+
+def is_opened_while_compiling(target: object, gradients: bool) -> bool:
+    """Whether AOTAutograd traces the body (with gradients, the backward) of an operator that is not torch's or latent's."""
+    if not isinstance(target, OpOverload) or target.namespace in ("aten", "prims", "latent"):
+        return False
+    keys = ["CompositeImplicitAutograd", *(["Autograd"] if gradients else [])]
+    return any(torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), key) for key in keys)  # 2.13
 
 
 def list_mode_options(mode: str | None) -> dict[str, Any]:

@@ -379,7 +379,7 @@ def test_two_that_want_to_be_first_are_told_to_agree() -> None:
     unregister("b_first")
     latent.replace("b_first", capped, row_by_row, example=example, benefit=always, before=("*", "a_first"))
     assert [entry.name for entry in rewrites()][:2] == ["b_first", "a_first"]
-    with pytest.raises(ValueError, match="a rewrite named 'a_first' is registered already, by .*capped"):
+    with pytest.raises(ValueError, match=r"a rewrite named 'a_first' is registered already, by .*capped"):
         latent.replace("a_first", capped_at_30, capped_at_30_again, example=QKV)
 
 
@@ -405,3 +405,24 @@ def replace_times(factor: float) -> None:
     latent.replace(
         "mine", capped_at_30, lambda q, k, v: factor * capped_at_30(q, k, v), example=QKV, exact=False, benefit=always
     )
+
+
+FACTOR = [2.0]
+
+
+def test_a_changed_body_of_an_operator_does_not_meet_what_is_cached_on_disk() -> None:
+    """The graph that is the caches' key shows the operator's name alone, and AOTAutograd compiles its body."""
+    library = torch.library.Library("custom_rewrites_bodies", "DEF")
+    library.define("attend(Tensor q, Tensor k, Tensor v) -> Tensor")
+    library.impl("attend", lambda q, k, v: FACTOR[0] * capped_at_30(q, k, v), "CompositeImplicitAutograd")
+    attend = torch.ops.custom_rewrites_bodies.attend
+    latent.replace("mine", capped_at_30, lambda q, k, v: attend(q, k, v), example=QKV, exact=False)
+    inputs = qkv()
+    for factor in (2.0, 3.0):
+        FACTOR[0] = factor
+        torch._dynamo.reset()
+        with torch.no_grad():
+            result = torch.compile(capped_at_30, backend="latent", options={"rewrites": "mine", "strict": True})(
+                *inputs
+            )
+        assert torch.allclose(result, factor * capped_at_30(*inputs), atol=1e-4)

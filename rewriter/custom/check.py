@@ -102,9 +102,9 @@ def check_rewrite(
 ) -> CheckReport:
     """Check that a registered rewrite matches its own examples and computes the same there. Raises RewriteCheckFailed.
 
-    `sizes` gives numbers or ranges for dimensions (1 to 8 without); `symbolic` names the dimensions that are symbolic in
-    a last trace: batch, queries and keys without it, () to leave it out. `gradient=False` is for operators without one.
-    Raises ValueError for a rewrite that is not registered or declares no example.
+    `sizes` gives numbers or ranges for dimensions (1 to 8 without); `symbolic` names the dimensions that are symbolic
+    in a last trace: batch, queries and keys without it, () to leave it out. `gradient=False` is for operators without
+    one. Raises ValueError for a rewrite that is not registered or declares no example.
     """
     entry = _entry(rule)
     cases = _cases(entry)

@@ -58,7 +58,7 @@ class Example:
                 scalars[argument] = float(value)
             else:
                 raise ExampleError(
-                    f"example: {argument}={value!r} is neither the dimensions of a tensor, such as {argument}='B H S D', "
+                    f"example: {argument}={value!r} is neither the dimensions of a tensor, such as 'B H S D', "
                     f"nor a positive number"
                 )
         return cls(tensors, scalars)

@@ -2,7 +2,7 @@
 
     b batch   h key heads   g heads that share one   i queries   j keys   d width   e value width
 
-A layout is a tuple of such letters, one string for each dimension: "B (K G) S D" of a query reads ("b", "hg", "i", "d").
+A layout is a tuple of such letters, a string for each dimension: "B (K G) S D" of a query reads ("b", "hg", "i", "d").
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Pattern:
         return _numbers(form)
 
     def solve(self, sizes: Sizes, wanted: tuple[float, ...]) -> dict[str, float]:
-        """The scalars with which the function comes nearest to these numbers: products of powers, solved by logarithms."""
+        """The scalars with which the function comes nearest to these numbers, which are products of their powers."""
         scalars = dict(self.example.scalars)
         given = self.numbers(sizes, scalars)
         if not scalars or any(w * g <= 0 for w, g in zip(wanted, given, strict=True)):
