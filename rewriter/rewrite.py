@@ -74,6 +74,7 @@ class _Run:
         self.mutations = Mutations.of(graph)
         self.reader = MaskReader(graph)
         self.verdicts: list[Verdict] = []
+        self.fuel: float = float("inf") if options.fuel is None else options.fuel
         self.certificates: dict[str, Certificate] = {}
 
     def all(self, entry: RewriteEntry, outcome: str, reason: str) -> None:
@@ -86,6 +87,9 @@ class _Run:
         if site is None:
             taken = self.taken_by[index]
             self.verdicts.append(Verdict(index, entry.name, "refused", f"{taken} took the site"))
+            return
+        if not self.fuel:
+            self.verdicts.append(Verdict(index, entry.name, "off", "no fuel left"))
             return
         verdict = Verdict(index, entry.name, "refused", line=str(source_line(site.anchor) or ""))
         try:
@@ -130,6 +134,7 @@ class _Run:
         replaced.update({old: new for old, now in replaced.items() if now is site.output})
         replaced[site.output] = new
         self._recognise_again(entry, index, emit)
+        self.fuel -= 1
         if certificate is None or not certificate.compared:
             return replace(verdict, outcome="applied", reason=certificate.note if certificate else "")
         return replace(verdict, outcome="applied", error=certificate.error)
