@@ -109,8 +109,8 @@ class _Run:
             return self._refuse(verdict, answer)
         if not rule.benefit(answer).pays(self.hints):
             return replace(verdict, outcome="not paying", reason="as many bytes move as before")
-        if (moved := self._written_between(site, answer)) is not None:
-            return self._refuse(verdict, Refusal("a tensor it reads is written in between", moved))
+        if (refusal := self._written_between(site, answer)) is not None:
+            return self._refuse(verdict, refusal)
         emit = Emitter.at(site, entry.name, self.session)
         try:
             new = rule.build(answer, emit)
@@ -152,23 +152,28 @@ class _Run:
             self.certificates[key] = comparison.run()
         return self.certificates[key]
 
-    def _written_between(self, site: AttentionSite, match: Match) -> fx.Node | None:
+    def _written_between(self, site: AttentionSite, match: Match) -> Refusal | None:
         """A write to what the site reads or computes, after it is first read and before the output.
 
         The replacement reads everything at the output's place.
         """
-        reads = list(match.reads)
-        for operand in (*(o for term in site.terms for o in (term.query, term.key)), site.value):
-            reads.append((operand.root, operand.chain[-2][0] if len(operand.chain) > 1 else site.region[0]))
+        reads = [("a tensor it reads is", *read) for read in match.reads]
+        named = [("the query is", t.query) for t in site.terms] + [("the key is", t.key) for t in site.terms]
+        for name, operand in (*named, ("the value is", site.value)):
+            reads.append((name, operand.root, operand.chain[-2][0] if len(operand.chain) > 1 else site.region[0]))
         for step in (*site.steps, *site.weight_steps):
-            reads += [(node, step.node) for node in step.node.all_input_nodes]
+            reads += [
+                ("a mask or a bias is", node, step.node)
+                for node in step.node.all_input_nodes
+                if node not in site.region
+            ]
         if site.call is not None and site.call.mask is not None:
-            reads.append((site.call.mask, site.anchor))
-        reads += [(node, node) for node in site.region]
-        for tensor, first in reads:
+            reads.append(("the mask is", site.call.mask, site.anchor))
+        reads += [("the scores are" if node < site.anchor else "the weights are", node, node) for node in site.region]
+        for name, tensor, first in reads:
             write = self.mutations.write_between(tensor, first, site.output)
             if write is not None and write not in site.region:
-                return write
+                return Refusal(f"{name} written in between", write)
         return None
 
     def _recognise_again(self, entry: RewriteEntry, index: int, emit: Emitter) -> None:
