@@ -97,9 +97,16 @@ def compile_transformed(
 
 
 def transform(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, seconds: dict[str, float]
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    seconds: dict[str, float],
+    bodies: bool = False,
 ) -> tuple[fx.GraphModule, GraphReport]:
-    """From Dynamo's graph to plain ATen with every rewrite applied, and the report about it. Raises StageFailed."""
+    """From Dynamo's graph to plain ATen with every rewrite applied, and the report about it. Raises StageFailed.
+
+    With `bodies` the operators that rewrites put in become their own definitions and no kernels.
+    """
     name = _name()
     with stage("capture", seconds):
         captured = capture(gm, example_inputs, decompositions())
@@ -120,7 +127,7 @@ def transform(
     if options.dump:
         texts["rewritten"] = readable(normal)
     with stage("lower", seconds):
-        lowered = lower(normal)
+        lowered = lower(normal, bodies)
         remove_dead_code(normal)
     report = GraphReport(
         name,

@@ -42,6 +42,7 @@ __all__ = [
     "expr_of",
     "fake_mode_of",
     "fqn_of",
+    "hand_to_aot",
     "hand_to_inductor",
     "inductor_modes",
     "inductor_options",
@@ -352,6 +353,23 @@ def hand_to_inductor(
 
     given: list[Any] = list(inputs)
     compiled: Any = compile_fx(gm, given, config_patches=dict(patches or {}) or None)
+    return compiled  # type: ignore[no-any-return]
+
+
+def hand_to_aot(
+    gm: fx.GraphModule,
+    inputs: Sequence[object],
+    compiler: Callable[[fx.GraphModule, Sequence[object]], Callable[..., Any]],
+    decompositions: Mapping[OpOverload, Callable[..., Any]],
+) -> Callable[..., Any]:
+    """`gm` in functional ATen without gradients, given to `compiler`. Takes ownership of `gm`."""
+    from functorch.compile import make_boxed_func  # 2.13
+    from torch._dynamo.backends.common import aot_autograd  # 2.13
+
+    def forward(graph: fx.GraphModule, examples: Sequence[object]) -> Any:
+        return make_boxed_func(compiler(graph, examples))
+
+    compiled: Any = aot_autograd(fw_compiler=forward, decompositions=dict(decompositions))(gm, list(inputs))
     return compiled  # type: ignore[no-any-return]
 
 
