@@ -19,6 +19,7 @@ from .common import ERROR, EXPECTATION, Json, Phase, Spelling, Verify
 from .common import errors as _errors
 from .common import stdout_is_for_us as _stdout_is_for_us
 from .console import err, progress, show, table
+from .masks import masks
 from .mlir import mlir
 
 __all__ = ["app"]
@@ -30,6 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(bisect)
+app.command()(masks)
 app.command()(mlir)
 
 
