@@ -20,7 +20,12 @@ from torch._dynamo.source import ConstantSource  # 2.13
 from torch._guards import Source  # 2.13
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # 2.13
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+    free_unbacked_symbols,
+)
 from torch.fx.experimental.symbolic_shapes import statically_known_true as _known_true
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -41,6 +46,7 @@ __all__ = [
     "emit_trace_artifact",
     "expr_of",
     "fake_mode_of",
+    "fake_of_shape",
     "fqn_of",
     "hand_to_aot",
     "hand_to_inductor",
@@ -58,6 +64,7 @@ __all__ = [
     "storage_of",
     "switches_mode",
     "symbolic_functions",
+    "symint_of",
     "trace_pre_dispatch",
 ]
 
@@ -90,6 +97,16 @@ def fake_mode_for(values: Sequence[object]) -> FakeTensorMode:
     return FakeTensorMode(shape_env=env or ShapeEnv(), allow_non_fake_inputs=True)
 
 
+def fake_of_shape(mode: FakeTensorMode, shape: Sequence[int], symbolic: Sequence[bool]) -> torch.Tensor:
+    """A fake float32 tensor on the CPU, some of whose dimensions are symbolic."""
+    if not any(symbolic):
+        with mode:
+            return torch.empty(shape)
+    dims = [DimDynamic.DUCK if one else DimDynamic.STATIC for one in symbolic]
+    context: Any = StatelessSymbolicContext(dynamic_sizes=dims)  # 2.13
+    return mode.from_tensor(torch.empty(shape), symbolic_context=context)
+
+
 def expr_of(value: object) -> sympy.Expr:
     """The sympy expression of a number, which may be a SymInt, SymFloat or SymBool. Raises TypeError for others."""
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
@@ -97,6 +114,16 @@ def expr_of(value: object) -> sympy.Expr:
     if isinstance(value, bool | int | float):
         return sympy.sympify(value)
     raise TypeError(f"{type(value).__name__} is not a number")
+
+
+def symint_of(size: int | sympy.Expr, like: torch.Tensor) -> int | torch.SymInt:
+    """A size as a number that may be compared; a comparison of a symbolic one adds a guard. `like` knows the symbols."""
+    if isinstance(size, int):
+        return size
+    env = like.fake_mode.shape_env  # type: ignore[attr-defined]
+    hint = int(size.subs({s: env.backed_var_to_val[s] for s in size.free_symbols}))  # 2.13
+    made: int | torch.SymInt = env.create_symintnode(size, hint=hint)
+    return made
 
 
 def statically_known_true(condition: bool | torch.SymBool) -> bool:

@@ -22,7 +22,7 @@ from .mutations import Mutations, base_of
 from .options import Options
 from .provenance import source_line
 from .recognise import recognise_at
-from .registry import RewriteEntry, rewrites
+from .registry import ALL, RewriteEntry, rewrites
 from .rules import Match, Refusal, Rewrite, Verdict
 from .sites import AttentionSite
 
@@ -69,7 +69,7 @@ class _Run:
     ) -> None:
         self.graph, self.options, self.hints = graph, options, hints
         self.current: list[AttentionSite | None] = list(sites)
-        self.taken_by: dict[int, str] = {}
+        self.taken_by: dict[int, RewriteEntry] = {}
         self.session = Session(written=lambda node: base_of(node) in self.mutations.writes)
         self.mutations = Mutations.of(graph)
         self.reader = MaskReader(graph)
@@ -86,14 +86,16 @@ class _Run:
         site = self.current[index]
         if site is None:
             taken = self.taken_by[index]
-            self.verdicts.append(Verdict(index, entry.name, "refused", f"{taken} took the site"))
+            rivals = ALL in entry.before and ALL in taken.before and taken.name not in entry.after
+            advice = "; both ask to run first: order them with before or after" if rivals else ""
+            self.verdicts.append(Verdict(index, entry.name, "refused", f"{taken.name} took the site{advice}"))
             return
         if not self.fuel:
             self.verdicts.append(Verdict(index, entry.name, "off", "no fuel left"))
             return
         verdict = Verdict(index, entry.name, "refused", line=str(source_line(site.anchor) or ""))
         try:
-            verdict = self._judge(entry, entry.rule(), site, index, verdict)
+            verdict = self._judge(entry, entry.make(), site, index, verdict)
         except Exception as error:
             if self.options.strict:
                 raise RewriteFailed(f"{entry.name} at {verdict.line}: {type(error).__name__}: {error}") from error
@@ -183,7 +185,7 @@ class _Run:
                 self.current[index] = found
                 return
         self.current[index] = None
-        self.taken_by[index] = entry.name
+        self.taken_by[index] = entry
 
 
 def _check_form(new: fx.Node, output: fx.Node) -> None:
