@@ -21,6 +21,7 @@ from .common import stdout_is_for_us as _stdout_is_for_us
 from .console import err, progress, show, table
 from .masks import masks
 from .mlir import mlir
+from .rules import patterns, rewrites
 
 __all__ = ["app"]
 
@@ -33,6 +34,8 @@ app = typer.Typer(
 app.command()(bisect)
 app.command()(masks)
 app.command()(mlir)
+app.add_typer(rewrites, name="rewrites")
+app.add_typer(patterns, name="patterns")
 
 
 class Contestant(str, Enum):
@@ -206,21 +209,6 @@ def demo(
 
         same = run_demo(tokens, attention.value, folder)
     raise typer.Exit(0 if same else ERROR)
-
-
-@app.command()
-def rewrites(as_json: Json = False) -> None:
-    """List the rewrites in the order in which they run."""
-    with _errors():
-        from ..registry import rewrites as registered
-
-        entries = registered()
-    kinds = {True: "exact", False: "lossy"}
-    if as_json:
-        rows = [{"name": e.name, "class": kinds[e.exact], "equation": e.doc, "after": e.after} for e in entries]
-        print(json.dumps(rows))
-        return
-    table([(f"{n}", e.name, kinds[e.exact], e.doc) for n, e in enumerate(entries, 1)], indent=0)
 
 
 @app.command()
