@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import fx
+from torch import Tensor, fx
 
 from .. import rewrite
 from ..kernels import attention as _attention  # noqa: F401  # defines latent::attention
@@ -25,9 +25,15 @@ from ..rewriter.score_form import Unusual, readable_sinks, score_form, unusual_w
 from ..rewriter.sites import AttentionSite
 
 
+def spelled_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return (q @ k.mT * 0.5 + mask).softmax(-1) @ v
+
+
 @rewrite("fuse_attention", exact=True)
 class FuseAttention:
     """softmax(scale · q kᵀ + mask) v  ->  attention(q, k, v, mask, scale)."""
+
+    examples = ((spelled_out, dict(q="B H S D", k="B H T D", v="B H T E", mask="B 1 S T")),)
 
     def match(self, site: AttentionSite) -> Match | Refusal:
         if site.call is not None:

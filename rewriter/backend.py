@@ -83,19 +83,33 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Op
     """All stages in order. Raises StageFailed."""
     seconds: dict[str, float] = {}
     graph_module, report = transform(gm, example_inputs, options, seconds)
-    with stage("hoist", seconds):
-        hoisted = hoist(graph_module, example_inputs)
     check_expectations(report, options.expect)
-    with stage("inductor", {}):
-        compiled = finish(hoisted.gm, [*example_inputs, *hoisted.extra_inputs], options)
+    compiled = compile_transformed(graph_module, example_inputs, options, seconds)
     history.remember(report)
-    return hoisted.wrap(compiled)
+    return compiled
+
+
+def compile_transformed(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, seconds: dict[str, float]
+) -> Compiled:
+    """What comes after the rewrites: work on weights is hoisted, the rest compiled. Raises StageFailed."""
+    with stage("hoist", seconds):
+        hoisted = hoist(gm, example_inputs)
+    with stage("inductor", {}):
+        return hoisted.wrap(finish(hoisted.gm, [*example_inputs, *hoisted.extra_inputs], options))
 
 
 def transform(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, seconds: dict[str, float]
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    seconds: dict[str, float],
+    bodies: bool = False,
 ) -> tuple[fx.GraphModule, GraphReport]:
-    """From Dynamo's graph to plain ATen with every rewrite applied, and the report about it. Raises StageFailed."""
+    """From Dynamo's graph to plain ATen with every rewrite applied, and the report about it. Raises StageFailed.
+
+    With `bodies` the operators that rewrites put in become their own definitions and no kernels.
+    """
     name = _name()
     with stage("capture", seconds):
         captured = capture(gm, example_inputs, decompositions())
@@ -116,7 +130,7 @@ def transform(
     if options.dump:
         texts["rewritten"] = readable(normal)
     with stage("lower", seconds):
-        lowered = lower(normal)
+        lowered = lower(normal, bodies)
         remove_dead_code(normal)
     report = GraphReport(
         name,

@@ -48,6 +48,7 @@ __all__ = [
     "fake_mode_of",
     "fake_of_shape",
     "fqn_of",
+    "hand_to_aot",
     "hand_to_inductor",
     "inductor_modes",
     "inductor_options",
@@ -389,6 +390,23 @@ def is_opened_while_compiling(target: object, gradients: bool) -> bool:
         return False
     keys = ["CompositeImplicitAutograd", *(["Autograd"] if gradients else [])]
     return any(torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), key) for key in keys)  # 2.13
+
+
+def hand_to_aot(
+    gm: fx.GraphModule,
+    inputs: Sequence[object],
+    compiler: Callable[[fx.GraphModule, Sequence[object]], Callable[..., Any]],
+    decompositions: Mapping[OpOverload, Callable[..., Any]],
+) -> Callable[..., Any]:
+    """`gm` in functional ATen without gradients, given to `compiler`. Takes ownership of `gm`."""
+    from functorch.compile import make_boxed_func  # 2.13
+    from torch._dynamo.backends.common import aot_autograd  # 2.13
+
+    def forward(graph: fx.GraphModule, examples: Sequence[object]) -> Any:
+        return make_boxed_func(compiler(graph, examples))
+
+    compiled: Any = aot_autograd(fw_compiler=forward, decompositions=dict(decompositions))(gm, list(inputs))
+    return compiled  # type: ignore[no-any-return]
 
 
 def list_mode_options(mode: str | None) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from .options import ExpectationFailed, Options, Verify, read_options
 from .quiet import call_of, graph_breaks, quiet_compiler
 from .report import Break, GraphReport, Report
 
-__all__ = ["check", "explain"]
+__all__ = ["call_through", "check", "explain", "owner_of", "unchanged"]
 
 Explained = Callable[..., Report]
 
@@ -43,17 +43,10 @@ def explain(
     in the call what the model itself raises.
     """
     options = read_options({"rewrites": rewrites, "verify": verify})
-    model = _original(model)
 
     def run(*args: Any, **kwargs: Any) -> Report:
         collector = _Collector(options)
-        with quiet_compiler(collector, dynamic) as compiler, _unchanged(_owner(model)):
-            if (owner := _owner(model)) is None:
-                compiler(model)(*args, **kwargs)
-            else:
-                with _calls_go_to(owner, compiler(call_of(owner))):
-                    model(*args, **kwargs)
-            breaks = tuple(Break(reason, str(line or ""), line.code if line else "") for reason, line in graph_breaks())
+        _, breaks = call_through(model, collector, dynamic, args, kwargs)
         return Report(tuple(collector.graphs.values()), breaks)
 
     return run
@@ -84,6 +77,26 @@ def check(
     return run
 
 
+def call_through(
+    model: Callable[..., Any],
+    backend: Callable[..., Any],
+    dynamic: bool | None,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> tuple[Any, tuple[Break, ...]]:
+    """One call of a model whose graphs go to `backend`, of which nothing stays: its output, and the graph breaks."""
+    model = _original(model)
+    owner = owner_of(model)
+    with quiet_compiler(backend, dynamic) as compiler, unchanged(owner):
+        if owner is None:
+            output = compiler(model)(*args, **kwargs)
+        else:
+            with _calls_go_to(owner, compiler(call_of(owner))):
+                output = model(*args, **kwargs)
+        breaks = tuple(Break(reason, str(line or ""), line.code if line else "") for reason, line in graph_breaks())
+    return output, breaks
+
+
 class _Collector:
     """A backend that keeps a report of each compilation and runs the graph as it is."""
 
@@ -112,11 +125,11 @@ def _original(model: Callable[..., Any]) -> Callable[..., Any]:
     while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
         model = inner
     model = getattr(model, "_torchdynamo_orig_callable", model)
-    owner = _owner(model)
+    owner = owner_of(model)
     return owner if owner is not None and getattr(model, "__name__", "") == "forward" else model
 
 
-def _owner(model: Callable[..., Any]) -> nn.Module | None:
+def owner_of(model: Callable[..., Any]) -> nn.Module | None:
     """The module whose calls are compiled; None for a plain function."""
     if isinstance(model, nn.Module):
         return model
@@ -140,7 +153,7 @@ def _calls_go_to(module: nn.Module, compiled: Callable[..., Any]) -> Iterator[No
 
 
 @contextlib.contextmanager
-def _unchanged(module: nn.Module | None) -> Iterator[None]:
+def unchanged(module: nn.Module | None) -> Iterator[None]:
     """Buffers of the module and the random state are put back."""
     buffers = list(module.buffers()) if module is not None else []
     kept = [(b, b._version, b.detach().clone()) for b in buffers if not (b.is_inference() or b.is_meta)]

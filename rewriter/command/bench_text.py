@@ -86,14 +86,14 @@ def plot(result: Bench, path: Path) -> None:
         plt.close(figure)
 
 
-def import_matplotlib() -> Any:
+def import_matplotlib(option: str = "--plot") -> Any:
     """pyplot without a window, or a TargetError that names what to install."""
     try:
         importlib.import_module("matplotlib").use("Agg")
         return importlib.import_module("matplotlib.pyplot")
     except ImportError as error:
         raise TargetError(
-            f"--plot needs matplotlib, which cannot be imported: {error}.",
+            f"{option} needs matplotlib, which cannot be imported: {error}.",
             'Install it with: pip install "torch-latent[report]"',
         ) from error
 
