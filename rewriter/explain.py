@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from .backend import StageFailed, failure_text, transform
 from .compat import compile_id
+from .dump import Recorded
 from .options import ExpectationFailed, Options, Verify, read_options
 from .quiet import call_of, graph_breaks, quiet_compiler
 from .report import Break, GraphReport, Report
@@ -42,11 +43,24 @@ def explain(
     `rewrites` and `verify` are the backend's options, `dynamic` is that of torch.compile. Raises OptionError here, and
     in the call what the model itself raises.
     """
+    collect = record(model, rewrites=rewrites, verify=verify, dynamic=dynamic, stages=False)
+    return lambda *args, **kwargs: collect(*args, **kwargs)[0]
+
+
+def record(
+    model: Callable[..., Any],
+    *,
+    rewrites: str | Sequence[str] | None = None,
+    verify: Verify = "fast",
+    dynamic: bool | None = None,
+    stages: bool = True,
+) -> Callable[..., tuple[Report, tuple[Recorded, ...]]]:
+    """As `explain`, and gives every stage of every graph with the report."""
     options = read_options({"rewrites": rewrites, "verify": verify})
     model = _original(model)
 
-    def run(*args: Any, **kwargs: Any) -> Report:
-        collector = _Collector(options)
+    def run(*args: Any, **kwargs: Any) -> tuple[Report, tuple[Recorded, ...]]:
+        collector = _Collector(options, stages)
         with quiet_compiler(collector, dynamic) as compiler, _unchanged(_owner(model)):
             if (owner := _owner(model)) is None:
                 compiler(model)(*args, **kwargs)
@@ -54,7 +68,7 @@ def explain(
                 with _calls_go_to(owner, compiler(call_of(owner))):
                     model(*args, **kwargs)
             breaks = tuple(Break(reason, str(line or ""), line.code if line else "") for reason, line in graph_breaks())
-        return Report(tuple(collector.graphs.values()), breaks)
+        return Report(tuple(collector.graphs.values()), breaks), tuple(collector.recorded.values())
 
     return run
 
@@ -87,20 +101,26 @@ def check(
 class _Collector:
     """A backend that keeps a report of each compilation and runs the graph as it is."""
 
-    def __init__(self, options: Options) -> None:
-        self.options = options
+    def __init__(self, options: Options, stages: bool) -> None:
+        self.options, self.stages = options, stages
+        self.recorded: dict[str, Recorded] = {}
         self.graphs: dict[str, GraphReport] = {}
         """By compile id: a compilation that Dynamo starts again replaces its first attempt."""
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         identity = compile_id() or f"-{len(self.graphs)}"
         number = list(self.graphs).index(identity) if identity in self.graphs else len(self.graphs)
+        name = f"graph {number} [{identity}]"
+
+        def keep(recorded: Recorded) -> None:
+            self.recorded[identity] = recorded.named(name)
+
         try:
-            _, report = transform(gm, example_inputs, self.options, {})
+            _, report = transform(gm, example_inputs, self.options, {}, keep if self.stages else None)
         except StageFailed as error:
             failure = failure_text(error)
             report = GraphReport("", len(gm.graph.nodes), (), (), (), failure=failure)
-        self.graphs[identity] = dataclasses.replace(report, name=f"graph {number} [{identity}]")
+        self.graphs[identity] = dataclasses.replace(report, name=name)
         return gm.forward
 
 
