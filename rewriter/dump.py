@@ -73,11 +73,21 @@ class Recorded:
 
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    """Those of the compilation, which the graph may write to when it runs."""
 
     def named(self, name: str) -> Recorded:
         """The same under another name of the graph."""
         stages = {stage: dataclasses.replace(view, graph=name) for stage, view in self.stages.items()}
         return dataclasses.replace(self, report=dataclasses.replace(self.report, name=name), stages=stages)
+
+    def with_copied_inputs(self) -> Recorded:
+        """The same with inputs that nobody writes to; weights are not copied."""
+        weights = {node.name for stage in self.stages.values() for node in stage.inputs if node.weight}
+        copies = {
+            name: value.clone() if isinstance(value, torch.Tensor) and name not in weights else value
+            for name, value in self.inputs.items()
+        }
+        return dataclasses.replace(self, inputs=copies)
 
 
 def recorded_of(

@@ -25,7 +25,7 @@ from .options import ExpectationFailed, Options, Verify, read_options
 from .quiet import call_of, graph_breaks, quiet_compiler
 from .report import Break, GraphReport, Report
 
-__all__ = ["check", "explain"]
+__all__ = ["call_through", "check", "explain", "owner_of", "record", "unchanged"]
 
 Explained = Callable[..., Report]
 
@@ -43,8 +43,8 @@ def explain(
     `rewrites` and `verify` are the backend's options, `dynamic` is that of torch.compile. Raises OptionError here, and
     in the call what the model itself raises.
     """
-    collect = record(model, rewrites=rewrites, verify=verify, dynamic=dynamic, stages=False)
-    return lambda *args, **kwargs: collect(*args, **kwargs)[0]
+    look = record(model, rewrites=rewrites, verify=verify, dynamic=dynamic, stages=False)
+    return lambda *args, **kwargs: look(*args, **kwargs)[0]
 
 
 def record(
@@ -54,20 +54,14 @@ def record(
     verify: Verify = "fast",
     dynamic: bool | None = None,
     stages: bool = True,
+    inputs: bool = False,
 ) -> Callable[..., tuple[Report, tuple[Recorded, ...]]]:
-    """As `explain`, and gives every stage of every graph with the report."""
+    """As `explain`, and gives every stage of every graph with the report; with `inputs`, copies of the inputs too."""
     options = read_options({"rewrites": rewrites, "verify": verify})
-    model = _original(model)
 
     def run(*args: Any, **kwargs: Any) -> tuple[Report, tuple[Recorded, ...]]:
-        collector = _Collector(options, stages)
-        with quiet_compiler(collector, dynamic) as compiler, _unchanged(_owner(model)):
-            if (owner := _owner(model)) is None:
-                compiler(model)(*args, **kwargs)
-            else:
-                with _calls_go_to(owner, compiler(call_of(owner))):
-                    model(*args, **kwargs)
-            breaks = tuple(Break(reason, str(line or ""), line.code if line else "") for reason, line in graph_breaks())
+        collector = _Collector(options, stages, inputs)
+        _, breaks = call_through(model, collector, dynamic, args, kwargs)
         return Report(tuple(collector.graphs.values()), breaks), tuple(collector.recorded.values())
 
     return run
@@ -98,11 +92,31 @@ def check(
     return run
 
 
+def call_through(
+    model: Callable[..., Any],
+    backend: Callable[..., Any],
+    dynamic: bool | None,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> tuple[Any, tuple[Break, ...]]:
+    """One call of a model whose graphs go to `backend`, of which nothing stays: its output, and the graph breaks."""
+    model = _original(model)
+    owner = owner_of(model)
+    with quiet_compiler(backend, dynamic) as compiler, unchanged(owner):
+        if owner is None:
+            output = compiler(model)(*args, **kwargs)
+        else:
+            with _calls_go_to(owner, compiler(call_of(owner))):
+                output = model(*args, **kwargs)
+        breaks = tuple(Break(reason, str(line or ""), line.code if line else "") for reason, line in graph_breaks())
+    return output, breaks
+
+
 class _Collector:
     """A backend that keeps a report of each compilation and runs the graph as it is."""
 
-    def __init__(self, options: Options, stages: bool) -> None:
-        self.options, self.stages = options, stages
+    def __init__(self, options: Options, stages: bool, inputs: bool) -> None:
+        self.options, self.stages, self.inputs = options, stages, inputs
         self.recorded: dict[str, Recorded] = {}
         self.graphs: dict[str, GraphReport] = {}
         """By compile id: a compilation that Dynamo starts again replaces its first attempt."""
@@ -113,7 +127,8 @@ class _Collector:
         name = f"graph {number} [{identity}]"
 
         def keep(recorded: Recorded) -> None:
-            self.recorded[identity] = recorded.named(name)
+            named = recorded.named(name)
+            self.recorded[identity] = named.with_copied_inputs() if self.inputs else named
 
         try:
             _, report = transform(gm, example_inputs, self.options, {}, keep if self.stages else None)
@@ -132,11 +147,11 @@ def _original(model: Callable[..., Any]) -> Callable[..., Any]:
     while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
         model = inner
     model = getattr(model, "_torchdynamo_orig_callable", model)
-    owner = _owner(model)
+    owner = owner_of(model)
     return owner if owner is not None and getattr(model, "__name__", "") == "forward" else model
 
 
-def _owner(model: Callable[..., Any]) -> nn.Module | None:
+def owner_of(model: Callable[..., Any]) -> nn.Module | None:
     """The module whose calls are compiled; None for a plain function."""
     if isinstance(model, nn.Module):
         return model
@@ -160,7 +175,7 @@ def _calls_go_to(module: nn.Module, compiled: Callable[..., Any]) -> Iterator[No
 
 
 @contextlib.contextmanager
-def _unchanged(module: nn.Module | None) -> Iterator[None]:
+def unchanged(module: nn.Module | None) -> Iterator[None]:
     """Buffers of the module and the random state are put back."""
     buffers = list(module.buffers()) if module is not None else []
     kept = [(b, b._version, b.detach().clone()) for b in buffers if not (b.is_inference() or b.is_meta)]

@@ -5,23 +5,23 @@ Exit codes: 0 fine, 1 error, 2 wrong usage, 3 an expectation failed.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, NoReturn, Optional
+from typing import Annotated, Optional
 
 import typer
 
+from .common import ERROR, EXPECTATION, Json, Phase, Spelling, Verify
+from .common import errors as _errors
+from .common import stdout_is_for_us as _stdout_is_for_us
 from .console import err, progress, show, table
+from .diff import diff
+from .dump import dump
 
 __all__ = ["app"]
-
-ERROR, USAGE, EXPECTATION = 1, 2, 3
 
 app = typer.Typer(
     help="Find every attention in a PyTorch model, see what can be rewritten, and why the rest cannot.",
@@ -29,28 +29,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-class Verify(str, Enum):
-    """How many of several identical sites are certified."""
-
-    fast = "fast"
-    full = "full"
-    off = "off"
-
-
-class Phase(str, Enum):
-    """Which call of a language model is looked at."""
-
-    prefill = "prefill"
-    decode = "decode"
-
-
-class Spelling(str, Enum):
-    """How transformers spells attention."""
-
-    eager = "eager"
-    sdpa = "sdpa"
+app.command()(dump)
+app.command()(diff)
 
 
 class Contestant(str, Enum):
@@ -66,9 +46,6 @@ class CacheKind(str, Enum):
 
     static = "static"
     dynamic = "dynamic"
-
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
 
 
 @app.command()
@@ -266,36 +243,6 @@ def _counts(texts: list[str]) -> dict[str, int]:
             raise typer.BadParameter(f"{text!r} is not of the form NAME=COUNT, as attention=30", param_hint="--expect")
         counts[name] = int(number)
     return counts
-
-
-@contextlib.contextmanager
-def _errors() -> Iterator[None]:
-    """Errors in words, with their exit code."""
-    try:
-        yield
-    except (typer.Exit, typer.Abort, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        kind = type(error).__name__
-        if kind == "OptionError":
-            _stop(str(error), USAGE)
-        _stop(str(error) if kind in ("TargetError", "DemoError") else f"{kind}: {error}", ERROR)
-
-
-def _stop(text: str, code: int) -> NoReturn:
-    first, *rest = text.splitlines() or ["unknown error"]
-    console = err()
-    console.print(f"error: {first}", style="latent.bad", markup=False)
-    for line in rest:
-        console.print(f"  {line}", markup=False)
-    raise typer.Exit(code)
-
-
-@contextlib.contextmanager
-def _stdout_is_for_us() -> Iterator[None]:
-    """What models and libraries print goes to stderr, so that stdout holds the result alone."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
 
 
 if __name__ == "__main__":
