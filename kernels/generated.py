@@ -14,8 +14,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
+from ..rewriter.kernel_sources import KernelSource
+from ..rewriter.nodes import args_of
+from ..rewriter.registry import source_printer
 from .self_check import check_once
 from .spec import Call, KernelSpec, spec_of
 
@@ -102,6 +105,24 @@ def _build(spec: KernelSpec, device: str) -> tuple[str, Kernel]:
     from . import triton_library
 
     return triton_library.build(spec)
+
+
+def printed(spec: KernelSpec, device: str, use: str = "") -> KernelSource:
+    """The source of a specification on a type of device, without building it."""
+    if device == "cpu":
+        from .cpp_library import isa
+        from .cpp_source import source
+
+        return KernelSource(spec.name, ".cpp", source(spec, isa()), use)
+    from .triton_source import source_of
+
+    return KernelSource(spec.name, ".py", source_of(spec), use)
+
+
+@source_printer("latent::generated_attention")
+def _printed(node: fx.Node) -> list[KernelSource]:
+    call = Call(*fx.node.map_arg(args_of(node), lambda n: n.meta["val"]))
+    return [printed(spec_of(call), call.query.device.type)]
 
 
 def _generated_attention(*arguments: Any) -> Tensor:

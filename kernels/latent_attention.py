@@ -20,13 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ..rewriter.kernel_sources import KernelSource
 from ..rewriter.nodes import args_of
-from ..rewriter.registry import LibraryCall, lowering
-from ..rewriter.sizes import concrete
+from ..rewriter.registry import LibraryCall, lowering, source_printer
+from ..rewriter.sizes import concrete, fake_mode_of_value
 from .crossover import Widths, explain, threshold
-from .generated import DTYPES, kernel_for, reference, unavailable
+from .generated import DTYPES, kernel_for, printed, reference, unavailable
 from .machine import fast_dtype, quick
-from .spec import Call, spec_of
+from .spec import Call, KernelSpec, MaskKind, spec_of
 
 BLOCK = 1024
 """Key tokens whose keys and values exist at a time in the expanded form."""
@@ -303,6 +304,37 @@ def shape_of_result(
 torch.library.impl("latent::latent_attention_either", "CPU", either)
 torch.library.impl("latent::latent_attention_either", "CUDA", either)
 torch.library.register_fake("latent::latent_attention_either", shape_of_result)
+
+
+@source_printer("latent::latent_attention_either")
+def _printed(node: fx.Node) -> list[KernelSource]:
+    """The kernels of both forms."""
+    call = LatentCall(*fx.node.map_arg(args_of(node), lambda n: n.meta["val"]))
+    device, seen = call.query.device.type, []
+
+    def core(inner: Call) -> Tensor:
+        seen.append(spec_of(inner))
+        return inner.query.new_empty((*inner.query.shape[:3], seen[0].out_width))
+
+    with fake_mode_of_value(call):
+        absorbed(call, core)
+    return [printed(seen[0], device, "absorbed"), printed(_block_spec(call), device, "expanded")]
+
+
+def _block_spec(call: LatentCall) -> KernelSpec:
+    """What `expanded_in_blocks` asks of its kernel."""
+    dtype = fast_dtype(call.query.device.type, call.query.dtype)
+    mask: MaskKind = "none" if call.mask is None else "bool" if call.mask.dtype == torch.bool else "additive"
+    return KernelSpec(
+        dtype=dtype,
+        width=call.up_key.shape[1],
+        rope_width=0 if call.query_rope is None else call.query_rope.shape[-1],
+        value_width=call.up_value.shape[1],
+        mask=mask,
+        mask_dtype=call.mask.dtype if call.mask is not None and mask == "additive" else None,
+        capped=call.cap > 0.0,
+        totals=True,
+    )
 
 
 @lowering("latent::latent_attention")

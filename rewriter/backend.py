@@ -21,7 +21,7 @@ from . import history
 from .cache_key import is_cacheable, own_tag
 from .capture import capture, untouched_copy
 from .compat import DYNAMO_CONTROL_FLOW, compile_id, hand_to_inductor, list_mode_options, size_hints
-from .dump import dump_report, readable, trace_artifacts
+from .dump import Recorded, recorded_of, trace_artifacts, wants_stages, write_recorded
 from .expect import check_expectations
 from .lower import lower
 from .mutations import Mutations
@@ -32,6 +32,7 @@ from .prologue import hoist
 from .recognise import recognise
 from .report import GraphReport, report_miss, report_site
 from .rewrite import rewrite_graph
+from .stages.record import Recorder
 
 log = logging.getLogger(__name__)
 
@@ -104,20 +105,32 @@ def transform(
     example_inputs: Sequence[Any],
     options: Options,
     seconds: dict[str, float],
+    keep: Callable[[Recorded], None] | None = None,
     bodies: bool = False,
 ) -> tuple[fx.GraphModule, GraphReport]:
     """From Dynamo's graph to plain ATen with every rewrite applied, and the report about it. Raises StageFailed.
 
-    With `bodies` the operators that rewrites put in become their own definitions and no kernels.
+    `keep` is given all stages. With `bodies` the operators that rewrites put in become their own definitions and no
+    kernels.
     """
     name = _name()
+    recorder = None
+    with beside(options):
+        recorder = Recorder(name, example_inputs) if keep or wants_stages(options) else None
+
+    def record(stage: str, gm: fx.GraphModule) -> None:
+        if recorder is not None:
+            with beside(options):
+                recorder.add(stage, gm)
+
     with stage("capture", seconds):
         captured = capture(gm, example_inputs, decompositions())
         contract = Contract.of(captured)
+    record("captured", captured)
     with stage("normal form", seconds):
         normal = normalise(captured)
         check_normal_form(normal, contract)
-    texts = {"captured": readable(normal)} if options.dump else {}
+    record("normal_form", normal)
     with stage("recognise", seconds):
         found = recognise(normal.graph)
         writes = Mutations.of(normal.graph)
@@ -127,11 +140,11 @@ def transform(
         done = rewrite_graph(normal.graph, found.sites, options, size_hints(normal.graph.nodes))
         remove_dead_code(normal)
         check_normal_form(normal, contract)
-    if options.dump:
-        texts["rewritten"] = readable(normal)
+    record("rewritten", normal)
     with stage("lower", seconds):
         lowered = lower(normal, bodies)
         remove_dead_code(normal)
+    record("lowered", normal)
     report = GraphReport(
         name,
         len(gm.graph.nodes),
@@ -141,10 +154,13 @@ def transform(
         tuple(f"{entry.operator} → {entry.reason}" for entry in lowered),
         len(done.certificates),
         seconds,
+        done.seconds,
     )
     with beside(options):
         trace_artifacts(report)
-        dump_report(options.dump, report, texts)
+        if recorder is not None:
+            recorded = recorded_of(recorder, normal, report, done, options)
+            keep(recorded) if keep else write_recorded(recorded, options)
     return normal, report
 
 

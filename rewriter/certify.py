@@ -34,6 +34,8 @@ class Certificate:
     error: float
     compared: int
     note: str = ""
+    name: str = ""
+    """The rewrite and the signature of what was compared."""
 
     @property
     def holds(self) -> bool:

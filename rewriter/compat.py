@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -43,6 +45,7 @@ __all__ = [
     "compile_id",
     "copy_module_facts",
     "copy_placeholder_facts",
+    "debug_folder",
     "emit_trace_artifact",
     "expr_of",
     "fake_mode_of",
@@ -66,6 +69,7 @@ __all__ = [
     "switches_mode",
     "symbolic_functions",
     "symint_of",
+    "trace_enabled",
     "trace_pre_dispatch",
 ]
 
@@ -385,7 +389,7 @@ def hand_to_inductor(
 
 
 def is_opened_while_compiling(target: object, gradients: bool) -> bool:
-    """Whether AOTAutograd traces the body (with gradients, the backward) of an operator that is not torch's or latent's."""
+    """Whether AOTAutograd traces the body (with gradients, the backward) of an operator from elsewhere."""
     if not isinstance(target, OpOverload) or target.namespace in ("aten", "prims", "latent"):
         return False
     keys = ["CompositeImplicitAutograd", *(["Autograd"] if gradients else [])]
@@ -436,6 +440,20 @@ def emit_trace_artifact(name: str, text: str) -> None:
     from torch._logging._internal import trace_structured  # 2.13
 
     trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=lambda: text)
+
+
+def trace_enabled() -> bool:
+    """Whether anything listens to torch's structured trace log."""
+    from torch._logging._internal import trace_log  # 2.13
+
+    return bool(trace_log.handlers)
+
+
+def debug_folder() -> Path | None:
+    """A folder of our own beside Dynamo's and inductor's under TORCH_COMPILE_DEBUG=1; None without it."""
+    from torch._dynamo.utils import get_debug_dir  # 2.13
+
+    return Path(get_debug_dir()) / "latent" if os.environ.get("TORCH_COMPILE_DEBUG") == "1" else None
 
 
 # ** symbols **

@@ -20,6 +20,10 @@ from .sizes import as_fake, fake_mode_of_value
 
 aten = torch.ops.aten
 
+REWRITE, REPLACES, LOWERED = "latent_rewrite", "latent_replaces", "latent_lowered"
+"""Keys of a node's meta: the rewrite that emitted it, the names of the nodes that it stands for, and of the operator
+that it was lowered from."""
+
 
 @dataclass
 class Session:
@@ -106,7 +110,7 @@ class Emitter:
         for key in ("nn_module_stack", "stack_trace", "seq_nr", "source_fn_stack"):
             if key in self._before.meta:
                 node.meta[key] = self._before.meta[key]
-        node.meta["latent_rewrite"] = self._rewrite
+        node.meta[REWRITE] = self._rewrite
         self.nodes.append(node)
         self._session.keep(node)
         return node
@@ -137,6 +141,12 @@ class Emitter:
                 found.add(node)
                 pending.extend(node.all_input_nodes)
         return sorted(found)
+
+    def replaces(self, region: Iterable[fx.Node]) -> None:
+        """Note on the emitted nodes what they stand for, in terms of the graph before any rewrite."""
+        names = dict.fromkeys(name for node in region for name in node.meta.get(REPLACES, (node.name,)))
+        for node in self.nodes:
+            node.meta[REPLACES] = tuple(names)
 
     def discard(self) -> None:
         """Take the emitted nodes back."""

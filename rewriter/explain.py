@@ -20,11 +20,12 @@ from torch import fx, nn
 
 from .backend import StageFailed, failure_text, transform
 from .compat import compile_id
+from .dump import Recorded
 from .options import ExpectationFailed, Options, Verify, read_options
 from .quiet import call_of, graph_breaks, quiet_compiler
 from .report import Break, GraphReport, Report
 
-__all__ = ["call_through", "check", "explain", "owner_of", "unchanged"]
+__all__ = ["call_through", "check", "explain", "owner_of", "record", "unchanged"]
 
 Explained = Callable[..., Report]
 
@@ -42,12 +43,26 @@ def explain(
     `rewrites` and `verify` are the backend's options, `dynamic` is that of torch.compile. Raises OptionError here, and
     in the call what the model itself raises.
     """
+    look = record(model, rewrites=rewrites, verify=verify, dynamic=dynamic, stages=False)
+    return lambda *args, **kwargs: look(*args, **kwargs)[0]
+
+
+def record(
+    model: Callable[..., Any],
+    *,
+    rewrites: str | Sequence[str] | None = None,
+    verify: Verify = "fast",
+    dynamic: bool | None = None,
+    stages: bool = True,
+    inputs: bool = False,
+) -> Callable[..., tuple[Report, tuple[Recorded, ...]]]:
+    """As `explain`, and gives every stage of every graph with the report; with `inputs`, copies of the inputs too."""
     options = read_options({"rewrites": rewrites, "verify": verify})
 
-    def run(*args: Any, **kwargs: Any) -> Report:
-        collector = _Collector(options)
+    def run(*args: Any, **kwargs: Any) -> tuple[Report, tuple[Recorded, ...]]:
+        collector = _Collector(options, stages, inputs)
         _, breaks = call_through(model, collector, dynamic, args, kwargs)
-        return Report(tuple(collector.graphs.values()), breaks)
+        return Report(tuple(collector.graphs.values()), breaks), tuple(collector.recorded.values())
 
     return run
 
@@ -100,20 +115,27 @@ def call_through(
 class _Collector:
     """A backend that keeps a report of each compilation and runs the graph as it is."""
 
-    def __init__(self, options: Options) -> None:
-        self.options = options
+    def __init__(self, options: Options, stages: bool, inputs: bool) -> None:
+        self.options, self.stages, self.inputs = options, stages, inputs
+        self.recorded: dict[str, Recorded] = {}
         self.graphs: dict[str, GraphReport] = {}
         """By compile id: a compilation that Dynamo starts again replaces its first attempt."""
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         identity = compile_id() or f"-{len(self.graphs)}"
         number = list(self.graphs).index(identity) if identity in self.graphs else len(self.graphs)
+        name = f"graph {number} [{identity}]"
+
+        def keep(recorded: Recorded) -> None:
+            named = recorded.named(name)
+            self.recorded[identity] = named.with_copied_inputs() if self.inputs else named
+
         try:
-            _, report = transform(gm, example_inputs, self.options, {})
+            _, report = transform(gm, example_inputs, self.options, {}, keep if self.stages else None)
         except StageFailed as error:
             failure = failure_text(error)
             report = GraphReport("", len(gm.graph.nodes), (), (), (), failure=failure)
-        self.graphs[identity] = dataclasses.replace(report, name=f"graph {number} [{identity}]")
+        self.graphs[identity] = dataclasses.replace(report, name=name)
         return gm.forward
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from .compat import trace_pre_dispatch
+from .emit import LOWERED
 from .purity import enables_grad
 from .registry import LibraryCall, lowerings
 
@@ -30,6 +31,7 @@ def lower(gm: fx.GraphModule, bodies: bool = False) -> tuple[Lowering, ...]:
         if node.op != "call_function" or not str(node.target).startswith("latent."):
             continue
         name = str(node.target).removesuffix(".default").replace(".", "::", 1)
+        node.meta[LOWERED] = node.name
         choose = None if bodies else lowerings().get(name)
         form, reason = choose(node, gradients) if choose is not None else (None, "the operator's own body")
         if isinstance(form, LibraryCall):

@@ -43,7 +43,7 @@ class Options:
     """Least counts per compiled graph that has a softmax: "attention" for sites, else the name of a rewrite."""
 
     dump: Path | None = None
-    """A folder that receives the captured and the rewritten graph of every compilation, and the report."""
+    """A folder that receives every stage of every compiled graph (text, Python, JSON, drawings) and what was done."""
 
     inner: Inner = "inductor"
     """What compiles the rewritten graph; "eager" runs it node by node, for debugging."""

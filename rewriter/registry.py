@@ -75,6 +75,7 @@ class LibraryCall:
 
 
 _lowerings: dict[str, Callable[..., Any]] = {}
+_printers: dict[str, Callable[..., Any]] = {}
 _patterns: dict[str, list[Callable[..., Any]]] = {kind: [] for kind in KINDS}
 _rewrites: dict[str, RewriteEntry] = {}
 _listeners: list[Callable[[], None]] = []
@@ -128,6 +129,21 @@ def lowering(operator: str) -> Callable[[Function], Function]:
 def lowerings() -> dict[str, Callable[..., Any]]:
     """The choosers by operator, such as "latent::attention"."""
     return dict(_lowerings)
+
+
+def source_printer(operator: str) -> Callable[[Function], Function]:
+    """Register what prints the generated kernels that an operator runs: node -> KernelSources, from shapes alone."""
+
+    def register(function: Function) -> Function:
+        _printers[operator] = function
+        return function
+
+    return register
+
+
+def source_printers() -> dict[str, Callable[..., Any]]:
+    """The printers by operator."""
+    return dict(_printers)
 
 
 def unregister(name: str) -> None:

@@ -69,6 +69,9 @@ class GraphReport:
     lowered: tuple[str, ...] = ()
     certificates: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
+    rewrite_seconds: Mapping[str, float] = field(default_factory=dict)
+    """Of the stage "rewrite", by rewrite."""
+
     failure: str = ""
 
     @property

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .report import GraphReport, MissReport, Report, SiteReport
     from .rules import Verdict
 
-__all__ = ["MARKS", "collapse", "grouped", "render", "render_report"]
+__all__ = ["MARKS", "collapse", "grouped", "hanging", "render", "render_report"]
 
 Item = TypeVar("Item")
 Block = tuple[str, ...]
@@ -69,7 +69,7 @@ def _sites(sites: Sequence[SiteReport]) -> Iterator[Block]:
     places = [collapse([site.path for site in same]) or "the model itself" for same in groups]
     width = max(map(len, places), default=0)
     for place, (site, *_) in zip(places, groups, strict=True):
-        origins = [line for origin in site.origins for line in _hanging("  ", origin)]
+        origins = [line for origin in site.origins for line in hanging("  ", origin)]
         yield f"{place:<{width}}   {site.line}", f"  {site.equation}", f"  {_shape(site)}", *origins
 
 
@@ -97,7 +97,7 @@ def _verdicts(graph: GraphReport) -> Iterator[Block]:
         text = f"{MARKS[v.outcome]} {v.rewrite:<{name}}  {v.outcome:<{outcome}}  {count:>{number}}   "
         own = {graph.sites[v.site].line for v in same}
         detail = _detail(same, {v.line for v in same if v.site not in taken} - own)
-        yield tuple(_hanging(text, detail)) if detail else (text.rstrip(),)
+        yield tuple(hanging(text, detail)) if detail else (text.rstrip(),)
 
 
 def _detail(same: Sequence[Verdict], places: Collection[str]) -> str:
@@ -120,7 +120,7 @@ def _misses(misses: Sequence[MissReport], code: bool = True) -> Iterator[Block]:
         lines = [f"{place}   {miss.line}"]
         if code and miss.code:
             lines.append("    " + textwrap.shorten(miss.code, WIDTH - 4, placeholder=" …"))
-        yield tuple(lines + _hanging("  → " if code else "  ", miss.reason)[:7])
+        yield tuple(lines + hanging("  → " if code else "  ", miss.reason)[:7])
 
 
 def _summary(report: Report) -> str:
@@ -135,7 +135,7 @@ def _breaks(report: Report) -> Iterator[str]:
     for same in grouped(report.breaks or (), lambda b: b):
         place = " ".join(filter(None, [same[0].line, same[0].code]))
         yield f"  graph break{_times(same)}   {place}".rstrip()
-        yield from _hanging("    → ", same[0].reason)[:4]
+        yield from hanging("    → ", same[0].reason)[:4]
 
 
 # ** pieces of text **
@@ -181,7 +181,7 @@ def grouped(items: Iterable[Item], key: Callable[[Item], Hashable]) -> list[list
     return list(groups.values())
 
 
-def _hanging(start: str, text: str) -> list[str]:
+def hanging(start: str, text: str) -> list[str]:
     """`text` behind `start`, further lines below its beginning."""
     width = max(WIDTH, len(start) + 40)
     return textwrap.wrap(text, width, initial_indent=start, subsequent_indent=" " * len(start)) or [start.rstrip()]

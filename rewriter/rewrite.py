@@ -7,8 +7,9 @@ compose without knowing one another; a rule that finds its site gone is told whi
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import sympy
 from torch import fx
@@ -39,6 +40,8 @@ class Rewritten:
 
     verdicts: tuple[Verdict, ...]
     certificates: Mapping[str, Certificate]
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """What each rewrite took, certificates included."""
 
 
 def rewrite_graph(
@@ -46,7 +49,9 @@ def rewrite_graph(
 ) -> Rewritten:
     """Apply the rules that `options` allow, in place."""
     run = _Run(graph, list(sites), options, hints)
+    seconds: dict[str, float] = {}
     for entry in rewrites():
+        start = time.perf_counter()
         if options.rewrites is not None and entry.name not in options.rewrites:
             run.all(entry, "off", "not among the rewrites asked for")
         elif options.rewrites is None and not entry.exact:
@@ -54,7 +59,9 @@ def rewrite_graph(
         else:
             for index in range(len(sites)):
                 run.one(entry, index)
-    return Rewritten(tuple(run.verdicts), run.certificates)
+        seconds[entry.name] = time.perf_counter() - start
+        log.debug("%s: %.3f s", entry.name, seconds[entry.name])
+    return Rewritten(tuple(run.verdicts), run.certificates, seconds)
 
 
 class _Run:
@@ -130,16 +137,20 @@ class _Run:
             if self.options.strict:
                 raise RewriteFailed(f"{entry.name} at {verdict.line}: {reason}")
             log.warning("rewrite %s undone at %s: %s", entry.name, verdict.line, reason)
-            return replace(verdict, outcome="undone", reason=reason, error=certificate.error)
+            return replace(
+                verdict, outcome="undone", reason=reason, error=certificate.error, certificate=certificate.name
+            )
+        emit.replaces(site.region)
         site.output.replace_all_uses_with(new, propagate_meta=False)
         replaced = self.session.replaced
         replaced.update({old: new for old, now in replaced.items() if now is site.output})
         replaced[site.output] = new
         self._recognise_again(entry, index, emit)
         self.fuel -= 1
+        verdict = replace(verdict, outcome="applied", certificate=certificate.name if certificate else "")
         if certificate is None or not certificate.compared:
-            return replace(verdict, outcome="applied", reason=certificate.note if certificate else "")
-        return replace(verdict, outcome="applied", error=certificate.error)
+            return replace(verdict, reason=certificate.note if certificate else "")
+        return replace(verdict, error=certificate.error)
 
     def _refuse(self, verdict: Verdict, refusal: Refusal) -> Verdict:
         line = source_line(refusal.node) if refusal.node is not None else None
@@ -151,7 +162,7 @@ class _Run:
         comparison = Comparison.of(match.site.output, new, emit.behind(new), match.evaluate)
         key = f"{entry.name} {comparison.signature}"
         if key not in self.certificates or self.options.verify == "full":
-            self.certificates[key] = comparison.run()
+            self.certificates[key] = replace(comparison.run(), name=key)
         return self.certificates[key]
 
     def _written_between(self, site: AttentionSite, match: Match) -> Refusal | None:

@@ -91,3 +91,6 @@ class Verdict:
     line: str = ""
     error: float | None = None
     """Largest relative error of the certificate, where one was made."""
+
+    certificate: str = ""
+    """The name of the certificate, which identical sites share."""

@@ -136,7 +136,7 @@ def test_fault_in_inductor_does_not_count_the_graph_twice(monkeypatch: pytest.Mo
     assert latent.reports().count("fuse_attention") == 0, "the untouched graph runs"
 
 
-@pytest.mark.parametrize("function", ["untouched_copy", "trace_artifacts", "dump_report"])
+@pytest.mark.parametrize("function", ["untouched_copy", "trace_artifacts", "wants_stages"])
 def test_fault_beside_the_stages(
     function: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -19,6 +19,8 @@ from .common import ERROR, EXPECTATION, Json, Phase, Spelling, Verify
 from .common import errors as _errors
 from .common import stdout_is_for_us as _stdout_is_for_us
 from .console import err, progress, show, table
+from .diff import diff
+from .dump import dump
 from .masks import masks
 from .mlir import mlir
 from .rules import patterns, rewrites
@@ -31,6 +33,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(dump)
+app.command()(diff)
 app.command()(bisect)
 app.command()(masks)
 app.command()(mlir)
