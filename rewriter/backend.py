@@ -171,7 +171,8 @@ def finish(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) 
     patches = {**list_mode_options(options.mode), **options.inductor}
     if not is_cacheable(gm):
         patches["fx_graph_cache"] = False
-    with torch.compiler.config.patch(cache_key_tag=torch.compiler.config.cache_key_tag + own_tag()):
+    tag = torch.compiler.config.cache_key_tag + own_tag()
+    with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]  # set while importing
         return hand_to_inductor(gm, example_inputs, patches)
 
 
