@@ -13,14 +13,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-import torch.compiler.config
 from torch import fx
 
 from . import history
 from .cache_key import is_cacheable, own_tag
 from .capture import capture, untouched_copy
-from .compat import DYNAMO_CONTROL_FLOW, compile_id, hand_to_inductor, list_mode_options, size_hints
+from .compat import DYNAMO_CONTROL_FLOW, cache_tag, compile_id, hand_to_inductor, list_mode_options, size_hints
 from .dump import dump_report, readable, trace_artifacts
 from .expect import check_expectations
 from .lower import lower
@@ -141,7 +139,7 @@ def finish(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) 
     patches = {**list_mode_options(options.mode), **options.inductor}
     if not is_cacheable(gm):
         patches["fx_graph_cache"] = False
-    with torch.compiler.config.patch(cache_key_tag=torch.compiler.config.cache_key_tag + own_tag()):
+    with cache_tag(own_tag()):
         return hand_to_inductor(gm, example_inputs, patches)
 
 

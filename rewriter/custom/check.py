@@ -9,8 +9,7 @@ a class by `examples`, pairs of a function and such a declaration.
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +24,7 @@ from ..registry import RewriteEntry, rewrites
 from ..rewrite import rewrite_graph
 from ..rules import Verdict
 from .conditions import text_of
-from .example import Example, call, trace_example
+from .example import Example, ExampleError, call, silent, trace_example
 from .replacement import Replacement
 
 __all__ = ["CheckReport", "RewriteCheckFailed", "check_rewrite"]
@@ -226,8 +225,8 @@ def _check(entry: RewriteEntry, draw: _Draw, gradient: bool) -> str | None:
     """Why the rewrite is wrong here; "" where it was applied and is right, None where it does not apply."""
     try:
         traced = trace_example(draw.case.function, draw.case.example, draw.sizes, draw.scalars, draw.absent)
-    except Exception as error:
-        return f"its example cannot be called there: {type(error).__name__}: {error}; give `sizes` that fit it"
+    except ExampleError as error:
+        return str(error)
     verdict = _rewritten(entry, traced)
     if verdict is None:
         return None if 1 in draw.sizes.values() else "its example is not recognised as attention"
@@ -248,19 +247,10 @@ def _rewritten(entry: RewriteEntry, traced: fx.GraphModule) -> Verdict | None:
     if not found.sites:
         return None
     options = Options(rewrites=(entry.name,), verify="full")
-    with _silent(logging.getLogger(rewrite_graph.__module__)):  # its warnings are this check's result
+    with silent(rewrite_graph.__module__):  # its warnings are this check's result
         done = rewrite_graph(traced.graph, found.sites, options, size_hints(traced.graph.nodes))
     remove_dead_code(traced)
     return next(verdict for verdict in done.verdicts if verdict.rewrite == entry.name)
-
-
-@contextlib.contextmanager
-def _silent(logger: logging.Logger) -> Iterator[None]:
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 def _disagreement(traced: fx.GraphModule, draw: _Draw, sizes: Mapping[str, int], gradient: bool) -> str:
