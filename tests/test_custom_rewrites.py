@@ -286,6 +286,11 @@ WRONG_PATTERNS: dict[str, tuple[Callable[..., Any], Callable[..., Any], dict[str
     "has no argument 'w'": (plain, plain, {**QKV, "w": "D"}),
     "returns (3, 2, 5, 13) where": (plain, lambda q, k, v: plain(q, k, v).transpose(0, 1), QKV),
     "neither the dimensions of a tensor": (plain, plain, {**QKV, "v": None}),
+    "do not have the same batch and head": (
+        lambda q, k, v: (q @ k.mT).softmax(-1) @ v,
+        plain,
+        {"q": "B H S D", "k": "B H T D", "v": "T E"},
+    ),
     "cannot be called with B=2 H=3 S=5 D=7": (plain, lambda q, k, v: plain(q, k, v) * torch.ones(4, 1, 1), QKV),
     "is no list of dimensions": (plain, plain, {**QKV, "v": "B, H, T, E"}),
 }

@@ -33,7 +33,8 @@ from .cost import cost_of
 from .emission import emit_function, emit_operands
 from .example import Example, call, trace_example
 from .overlay import Differs, Overlay, lay_over
-from .pattern import Pattern, PatternError, example_sizes, read_pattern
+from .pattern import Pattern, PatternError, example_sizes
+from .reading import read_pattern
 
 __all__ = ["Dims", "Replacement", "replace"]
 
