@@ -13,14 +13,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-import torch.compiler.config
 from torch import fx
 
 from . import history
 from .cache_key import is_cacheable, own_tag
 from .capture import capture, untouched_copy
-from .compat import DYNAMO_CONTROL_FLOW, compile_id, hand_to_inductor, list_mode_options, size_hints
+from .compat import DYNAMO_CONTROL_FLOW, cache_tag, compile_id, hand_to_inductor, list_mode_options, size_hints
 from .dump import Recorded, recorded_of, trace_artifacts, wants_stages, write_recorded
 from .expect import check_expectations
 from .lower import lower
@@ -171,8 +169,7 @@ def finish(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) 
     patches = {**list_mode_options(options.mode), **options.inductor}
     if not is_cacheable(gm):
         patches["fx_graph_cache"] = False
-    tag = torch.compiler.config.cache_key_tag + own_tag()
-    with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]  # set while importing
+    with cache_tag(own_tag()):
         return hand_to_inductor(gm, example_inputs, patches)
 
 

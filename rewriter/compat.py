@@ -16,6 +16,7 @@ from typing import Any
 
 import sympy
 import torch
+import torch.compiler.config
 from torch import fx
 from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame  # 2.13
 from torch._dynamo.source import ConstantSource  # 2.13
@@ -41,6 +42,7 @@ __all__ = [
     "add_input",
     "adopt_constants",
     "autocast_switch",
+    "cache_tag",
     "checkpoint_body",
     "compile_id",
     "copy_module_facts",
@@ -61,6 +63,7 @@ __all__ = [
     "list_mode_options",
     "new_unbacked_symbols",
     "random_ops_kept",
+    "real_tensors_allowed",
     "set_checkpoint_policy",
     "size_hints",
     "source_name",
@@ -216,6 +219,20 @@ def trace_pre_dispatch(
             _allow_non_fake_inputs=True,  # 2.13: tensor constants of the graph are real
         )(*fakes)
     return traced
+
+
+@contextlib.contextmanager
+def real_tensors_allowed(values: Sequence[object]) -> Iterator[None]:
+    """A trace of fakes may meet real tensors: a function that is no part of the model closes over them."""
+    mode: Any = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
+    before = mode is not None and mode.allow_non_fake_inputs
+    if mode is not None:
+        mode.allow_non_fake_inputs = True  # 2.13
+    try:
+        yield
+    finally:
+        if mode is not None:
+            mode.allow_non_fake_inputs = before
 
 
 def trace_below_dispatch(
@@ -388,8 +405,16 @@ def hand_to_inductor(
     return compiled  # type: ignore[no-any-return]
 
 
+@contextlib.contextmanager
+def cache_tag(tag: str) -> Iterator[None]:
+    """Within the block, torch's caches on disk keep what is compiled apart from what has another tag."""
+    config: Any = torch.compiler.config
+    with config.patch(cache_key_tag=config.cache_key_tag + tag):
+        yield
+
+
 def is_opened_while_compiling(target: object, gradients: bool) -> bool:
-    """Whether AOTAutograd traces the body (with gradients, the backward) of an operator from elsewhere."""
+    """Whether AOTAutograd traces the body, or with gradients the backward, of an operator that somebody else made."""
     if not isinstance(target, OpOverload) or target.namespace in ("aten", "prims", "latent"):
         return False
     keys = ["CompositeImplicitAutograd", *(["Autograd"] if gradients else [])]

@@ -122,7 +122,10 @@ class Emitter:
             raise ValueError("a graph without a module holds no tensors")
         names = (f"latent_constant_{number}" for number in itertools.count())
         name = next(name for name in names if getattr(owner, name, value) is value)
-        setattr(owner, name, value)
+        if isinstance(value, torch.nn.Parameter):
+            owner.register_parameter(name, value)
+        else:
+            owner.register_buffer(name, value)
         with self._graph.inserting_before(self._before):
             node = self._graph.get_attr(name)
         adopt_constants(owner)

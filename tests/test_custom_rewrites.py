@@ -286,6 +286,12 @@ WRONG_PATTERNS: dict[str, tuple[Callable[..., Any], Callable[..., Any], dict[str
     "has no argument 'w'": (plain, plain, {**QKV, "w": "D"}),
     "returns (3, 2, 5, 13) where": (plain, lambda q, k, v: plain(q, k, v).transpose(0, 1), QKV),
     "neither the dimensions of a tensor": (plain, plain, {**QKV, "v": None}),
+    "do not have the same batch and head": (
+        lambda q, k, v: (q @ k.mT).softmax(-1) @ v,
+        plain,
+        {"q": "B H S D", "k": "B H T D", "v": "T E"},
+    ),
+    "cannot be called with B=2 H=3 S=5 D=7": (plain, lambda q, k, v: plain(q, k, v) * torch.ones(4, 1, 1), QKV),
     "is no list of dimensions": (plain, plain, {**QKV, "v": "B, H, T, E"}),
 }
 
@@ -342,6 +348,13 @@ def test_a_sound_rewrite_passes_the_check_and_what_was_tried_is_told() -> None:
     rule = replace_capped(halves, where=lambda dims: dims.D % 2 == 0, sizes={"D": 8})
     report = latent.testing.check_rewrite(rule, sizes={"D": (2, 9)}, examples=10)
     assert 0 < report.applied < report.examples and report.gradient and set(report.symbolic) == {"B", "S", "T"}
+
+
+def test_a_loop_over_what_is_symbolic_is_found() -> None:
+    rule = replace_capped(row_by_row)
+    with pytest.raises(latent.testing.RewriteCheckFailed, match=r"with symbolic B S T:\n.* holds for one size alone"):
+        latent.testing.check_rewrite(rule, examples=5)
+    assert latent.testing.check_rewrite(rule, examples=5, symbolic=()).symbolic == ()
 
 
 def test_a_wrong_gradient_is_found() -> None:

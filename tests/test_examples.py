@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from latent.rewriter.registry import unregister
+from latent.rewriter.registry import rewrites, unregister
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -17,12 +17,14 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 def run(path):
-    output = io.StringIO()
+    output, before = io.StringIO(), {entry.name for entry in rewrites()}
     try:
         with contextlib.redirect_stdout(output):
             runpy.run_path(str(path), run_name="__main__")
     finally:
-        unregister("use_my_kernel")
+        for entry in rewrites():
+            if entry.name not in before:
+                unregister(entry.name)
     return output.getvalue()
 
 

@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -129,4 +131,21 @@ def trace_example(
     def body(*values: torch.Tensor) -> Any:
         return call(function, example, dict(zip(present, values, strict=True)), scalars)
 
-    return normalise(trace_pre_dispatch(body, fakes, decompositions=decompositions()))
+    try:
+        with silent("torch._subclasses.fake_tensor"):
+            return normalise(trace_pre_dispatch(body, fakes, decompositions=decompositions()))
+    except Exception as error:
+        name, at = getattr(function, "__name__", function), " ".join(f"{n}={s}" for n, s in sizes.items())
+        first = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ExampleError(f"{name} cannot be called with {at}: {first}; give `sizes` that fit it") from error
+
+
+@contextlib.contextmanager
+def silent(logger: str) -> Iterator[None]:
+    """Without what `logger` says about an error that is told in other words."""
+    log = logging.getLogger(logger)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import fx
 
-from ..axes import same_size, size_of
-from ..compat import trace_pre_dispatch
+from ..axes import Size, same_size, size_of
+from ..compat import real_tensors_allowed, trace_pre_dispatch
 from ..emit import Emitter
 from ..layouts import is_tensor, shape_of
 from ..normal_form import normalise
@@ -33,7 +33,8 @@ from .cost import cost_of
 from .emission import emit_function, emit_operands
 from .example import Example, call, trace_example
 from .overlay import Differs, Overlay, lay_over
-from .pattern import Pattern, PatternError, example_sizes, read_pattern
+from .pattern import Pattern, PatternError, example_sizes
+from .reading import read_pattern
 
 __all__ = ["Dims", "Replacement", "replace"]
 
@@ -136,14 +137,20 @@ class Replacement:
             return call(self.function, self.example, dict(zip(tensors, values, strict=True)), over.scalars)
 
         given = [node.meta["val"] for node in tensors.values()]
-        traced = normalise(trace_pre_dispatch(body, given, decompositions=decompositions()))
+        with real_tensors_allowed(given):
+            traced = normalise(trace_pre_dispatch(body, given, decompositions=decompositions()))
         out = emit_function(emit, traced, list(tensors.values()), _name(self.function))
         layout = over.layout(over.pattern.output)
-        wanted = tuple(size_of(dim) for dim in layout)
-        if len(shape_of(out)) != len(wanted) or not all(map(same_size, shape_of(out), wanted)):
-            raise ValueError(f"{_name(self.function)} returned {shape_of(out)}, and the pattern returns {wanted}")
+        self._check_shape(shape_of(out), tuple(size_of(dim) for dim in layout))
         out = emit.relayout(out, layout, match.site.output_layout)
         return emit.cast(out, match.site.output.meta["val"].dtype)
+
+    def _check_shape(self, got: tuple[Size, ...], wanted: tuple[Size, ...]) -> None:
+        if len(got) == len(wanted) and all(map(same_size, got, wanted)):
+            return
+        looped = [size for size in wanted if not isinstance(size, int) and size not in got]
+        why = f"; a loop over {looped[0]} holds for one size alone" if looped and len(got) == len(wanted) else ""
+        raise ValueError(f"{_name(self.function)} returned {got}, and the pattern returns {wanted}{why}")
 
     def check_interface(self) -> None:
         """Raise PatternError unless the replacement takes and returns what the pattern does."""
