@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .report import GraphReport, MissReport, Report, SiteReport
     from .rules import Verdict
 
-__all__ = ["MARKS", "collapse", "grouped", "hanging", "render", "render_report"]
+__all__ = ["MARKS", "collapse", "grouped", "hanging", "render", "render_report", "size_text"]
 
 Item = TypeVar("Item")
 Block = tuple[str, ...]
@@ -103,11 +103,16 @@ def _verdicts(graph: GraphReport) -> Iterator[Block]:
 def _detail(same: Sequence[Verdict], places: Collection[str]) -> str:
     """What there is to say about equal verdicts; a refusal has its place where nothing else was applied there."""
     errors = [v.error for v in same if v.error is not None]
+    moved = [v.moved for v in same if v.moved is not None]
+    sizes = " → ".join(size_text(sum(each)) for each in zip(*moved, strict=True))
+    traffic = f"moves {sizes}" if moved else ""
     if same[0].outcome == "applied":
         largest = f"{max(errors):.0e}" if any(errors) else "0"
-        if errors:
-            return f"certified, relative error {largest} in fp64"
-        return f"not certified ({same[0].reason})" if same[0].reason else "not certified"
+        uncertified = f"not certified ({same[0].reason})" if same[0].reason else "not certified"
+        certified = f"certified, relative error {largest} in fp64" if errors else uncertified
+        return " · ".join(filter(None, (certified, traffic)))
+    if same[0].outcome == "not paying":
+        return " · ".join(filter(None, (same[0].reason, traffic)))
     places = {same[0].line} if same[0].outcome in ("undone", "failed") else places
     return same[0].reason + (f"   {next(iter(places))}" if len(places) == 1 else "")
 
@@ -185,6 +190,15 @@ def hanging(start: str, text: str) -> list[str]:
     """`text` behind `start`, further lines below its beginning."""
     width = max(WIDTH, len(start) + 40)
     return textwrap.wrap(text, width, initial_indent=start, subsequent_indent=" " * len(start)) or [start.rstrip()]
+
+
+def size_text(number: float) -> str:
+    """Bytes with three digits: "14.2 kB"."""
+    for unit in ("B", "kB", "MB"):
+        if number < 999.5:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} GB"
 
 
 def _times(same: Sequence[object]) -> str:

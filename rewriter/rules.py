@@ -64,9 +64,17 @@ class Benefit:
         """Whether it takes no longer at the example sizes, with a byte moved in the time of `RIDGE` operations."""
 
         def seconds(cost: Cost) -> float:
-            return float(sympy.sympify(cost.bytes * RIDGE + cost.flops).subs(hints))
+            return _number(cost.bytes * RIDGE + cost.flops, hints)
 
         return seconds(self.after) <= seconds(self.before)
+
+    def moved(self, hints: Mapping[sympy.Symbol, int]) -> tuple[float, float]:
+        """Bytes before and after at the example sizes."""
+        return _number(self.before.bytes, hints), _number(self.after.bytes, hints)
+
+
+def _number(expr: sympy.Expr, hints: Mapping[sympy.Symbol, int]) -> float:
+    return float(sympy.sympify(expr).subs(hints))
 
 
 class Rewrite(Protocol):
@@ -94,3 +102,6 @@ class Verdict:
 
     certificate: str = ""
     """The name of the certificate, which identical sites share."""
+
+    moved: tuple[float, float] | None = None
+    """Bytes before and after by the rewrite's own account at the example sizes, where it matched."""

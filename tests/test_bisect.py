@@ -77,21 +77,32 @@ def test_finds_the_wrong_one_of_sixty_applications(stack: nn.Sequential, planted
     assert found.culprit.line.startswith("test_bisect.py:") and "softmax_j(" in found.culprit.equation
 
 
+@torch.no_grad()
+def test_the_option_stops_the_rewrites(stack: nn.Sequential) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(stack[:3], backend="latent", options={"fuel": 2, "inner": "eager", "strict": True})
+    assert torch.allclose(compiled(X), stack[:3](X), atol=1e-5)
+    verdicts = latent.reports().verdicts
+    assert [v.site for v in verdicts if v.outcome == "applied"] == [0, 1]
+    starved = [v for v in verdicts if v.reason == "no fuel left"]
+    assert {v.outcome for v in starved} == {"off"} and {v.rewrite for v in starved} >= {"replace_proven_mask"}
+
+
 def test_an_exact_one_needs_its_certificate_off(stack: nn.Sequential) -> None:
     @latent.rewrite("wrong_scale", exact=True, before=("fuse_attention",))
     class WrongScale(FuseAttention):
-        """softmax(s q k) v  ->  1.1 attention(q, k, v, s), in the last layers."""
+        """softmax(s q k) v  ->  1.1 attention(q, k, v, s), in the last layer."""
 
         def match(self, site: Any) -> Any:
-            late = int(module_path(site.anchor)) >= LAYERS - 1
+            late = int(module_path(site.anchor)) >= 3
             return super().match(site) if late else Refusal("too early", site.anchor)
 
         def build(self, match: Any, emit: Any) -> Any:
             return emit.call(torch.ops.aten.mul.Tensor, super().build(match, emit), 1.1)
 
     try:
-        assert search(stack, X, rewrites="wrong_scale").verdict == "good"  # undone
-        found = search(stack, X, verify="off")
+        assert search(stack[:4], X, rewrites="wrong_scale").verdict == "good"  # undone
+        found = search(stack[:4], X, verify="off")
         assert found.verdict == "rewrite" and found.culprit and found.culprit.rewrite == "wrong_scale"
         assert len(found.steps) <= 7
     finally:

@@ -78,6 +78,13 @@ def explain(
         Optional[list[str]],  # noqa: UP045
         typer.Option(metavar="NAME=COUNT", help="Exit with 3 when there is less: attention=30, or a rewrite's name."),
     ] = None,
+    site: Annotated[
+        str, typer.Option(metavar="PATH", help="Show only modules below this path; * stands for anything.")
+    ] = "",
+    near: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, help="Show only so many near misses, the nearest first, and no other softmax."),
+    ] = None,
     phase: Annotated[Phase, typer.Option(help="For folders: the first forward, or the one for the next token.")] = (
         Phase.prefill
     ),
@@ -106,7 +113,7 @@ def explain(
         with progress("tracing and recognising"), torch.no_grad():
             run = look(found.model, rewrites=rewrite or None, verify=verify.value, dynamic=dynamic or None)
             report = run(*found.args, **found.kwargs)
-    short = report.shortfall(counts)
+    short, report = report.shortfall(counts), report.only(site, near)
     if as_json:
         print(json.dumps({"target": target, "notes": found.notes, "unmet": short, **report.to_dict()}, default=str))
     else:
