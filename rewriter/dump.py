@@ -21,6 +21,7 @@ from .certify import Certificate
 from .compat import debug_folder, emit_trace_artifact, trace_enabled
 from .dump_folder import Content, Folder
 from .dump_index import describe_graph, describe_graphs
+from .environment import Run
 from .kernel_sources import KernelSource, kernel_sources
 from .options import Options
 from .registry import rewrites
@@ -144,7 +145,7 @@ def trace_artifacts(report: GraphReport) -> None:
     emit_trace_artifact("latent_report", render(report))
 
 
-def write_dump(root: Path, report: Report, graphs: Sequence[Recorded], choices: Choices) -> Folder:
+def write_dump(root: Path, report: Report, graphs: Sequence[Recorded], choices: Choices, run: Run) -> Folder:
     """All graphs of one run. What an earlier dump left in the folder goes. Raises DumpError."""
     folder = Folder(root)
     files: dict[str, Content] = {}
@@ -153,6 +154,7 @@ def write_dump(root: Path, report: Report, graphs: Sequence[Recorded], choices: 
         files |= {f"{here}/{name}": content for name, content in graph_files(recorded, choices).items()}
     files["index.md"] = describe_graphs([(folder_of(r.report.name), headline(r.report)) for r in graphs])
     files["report.json"] = report.to_json() + "\n"
+    files["run.json"] = _json(dataclasses.asdict(run))
     folder.replace("", files)
     return folder
 

@@ -9,7 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
+
 from .describe import Shape, equation, shape
+from .mask_pictures import mask_picture
 from .masks_of_site import describe_masks
 from .mutations import Mutations
 from .origins.text import describe_origins
@@ -34,6 +37,9 @@ class SiteReport:
     shape: Shape
     origins: tuple[str, ...] = ()
     """Where query, key and value come from, a line each."""
+
+    picture: tuple[str, ...] = ()
+    """What the mask was proven to do, see `mask_pictures`."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,9 @@ class Report:
         return render_report(self)
 
 
-def report_site(index: int, site: AttentionSite, writes: Mutations) -> SiteReport:
+def report_site(
+    index: int, site: AttentionSite, writes: Mutations, hints: Mapping[sympy.Symbol, int]
+) -> SiteReport:
     return SiteReport(
         index,
         module_path(site.anchor),
@@ -153,6 +161,7 @@ def report_site(index: int, site: AttentionSite, writes: Mutations) -> SiteRepor
         describe_masks(site),
         shape(site),
         tuple(describe_origins(site, writes).values()),
+        mask_picture(site, hints),
     )
 
 

@@ -110,7 +110,9 @@ class _Run:
         if isinstance(answer, Refusal):  # what it learned about the axes on the way is forgotten
             site.space.splits, site.space.sums = splits, sums
             return self._refuse(verdict, answer)
-        if not rule.benefit(answer).pays(self.hints):
+        benefit = rule.benefit(answer)
+        verdict = replace(verdict, estimate=benefit.at(self.hints))
+        if not benefit.pays(self.hints):
             return replace(verdict, outcome="not paying", reason="as many bytes move as before")
         if (moved := self._written_between(site, answer)) is not None:
             return self._refuse(verdict, Refusal("a tensor it reads is written in between", moved))

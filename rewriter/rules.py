@@ -63,10 +63,23 @@ class Benefit:
     def pays(self, hints: Mapping[sympy.Symbol, int]) -> bool:
         """Whether it takes no longer at the example sizes, with a byte moved in the time of `RIDGE` operations."""
 
-        def seconds(cost: Cost) -> float:
-            return float(sympy.sympify(cost.bytes * RIDGE + cost.flops).subs(hints))
+        known = self.at(hints)
+        return known.bytes_after * RIDGE + known.flops_after <= known.bytes_before * RIDGE + known.flops_before
 
-        return seconds(self.after) <= seconds(self.before)
+    def at(self, hints: Mapping[sympy.Symbol, int]) -> Estimate:
+        """The same in numbers, at the example sizes."""
+        exprs = (self.before.flops, self.before.bytes, self.after.flops, self.after.bytes)
+        return Estimate(*(float(sympy.sympify(expr).subs(hints)) for expr in exprs))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A benefit in numbers."""
+
+    flops_before: float
+    bytes_before: float
+    flops_after: float
+    bytes_after: float
 
 
 class Rewrite(Protocol):
@@ -94,3 +107,6 @@ class Verdict:
 
     certificate: str = ""
     """The name of the certificate, which identical sites share."""
+
+    estimate: Estimate | None = None
+    """What the rewrite was expected to save, where it matched."""

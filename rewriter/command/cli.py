@@ -225,7 +225,7 @@ def rewrites(as_json: Json = False) -> None:
 def env(as_json: Json = False) -> None:
     """Print the versions that a bug report needs."""
     with _errors():
-        from .environment import environment
+        from ..environment import environment
 
         facts = environment()
     if as_json:
