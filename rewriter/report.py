@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -145,13 +146,19 @@ class Report:
     def to_json(self, indent: int | None = 2) -> str:
         return json.dumps(self.to_dict(), indent=indent, default=str, ensure_ascii=False)
 
+    def to_html(self, path: str | Path) -> None:
+        """One file that loads nothing (extra `report`); `latent report` adds graphs and kernels to it."""
+        from .environment import Run, environment
+        from .page.reading import Material
+        from .page.render import write
+
+        write(Material(self, Run(environment=environment())), Path(path))
+
     def __str__(self) -> str:
         return render_report(self)
 
 
-def report_site(
-    index: int, site: AttentionSite, writes: Mutations, hints: Mapping[sympy.Symbol, int]
-) -> SiteReport:
+def report_site(index: int, site: AttentionSite, writes: Mutations, hints: Mapping[sympy.Symbol, int]) -> SiteReport:
     return SiteReport(
         index,
         module_path(site.anchor),

@@ -20,6 +20,7 @@ from .common import stdout_is_for_us as _stdout_is_for_us
 from .console import err, progress, show, table
 from .diff import diff
 from .dump import dump
+from .report import report
 
 __all__ = ["app"]
 
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 app.command()(dump)
 app.command()(diff)
+app.command()(report)
 
 
 class Contestant(str, Enum):
@@ -96,12 +98,12 @@ def explain(
             found = load_target(target, choices)
         with progress("tracing and recognising"), torch.no_grad():
             run = look(found.model, rewrites=rewrite or None, verify=verify.value, dynamic=dynamic or None)
-            report = run(*found.args, **found.kwargs)
-    short = report.shortfall(counts)
+            result = run(*found.args, **found.kwargs)
+    short = result.shortfall(counts)
     if as_json:
-        print(json.dumps({"target": target, "notes": found.notes, "unmet": short, **report.to_dict()}, default=str))
+        print(json.dumps({"target": target, "notes": found.notes, "unmet": short, **result.to_dict()}, default=str))
     else:
-        show("\n".join([target, *(f"  {note}" for note in found.notes), "", str(report)]))
+        show("\n".join([target, *(f"  {note}" for note in found.notes), "", str(result)]))
     if short:
         err().print("\n".join(f"expectation failed: {text}" for text in short), style="latent.bad", markup=False)
         raise typer.Exit(EXPECTATION)
