@@ -143,13 +143,17 @@ def roofline(graph: GraphReport) -> Roofline | None:
             for n, a, b in pairs
         ),
         tuple(Tick(x(2.0**n), f"{2.0**n:g}") for n in range(least, most + 1, step)),
-        tuple(Tick(round(HEIGHT * n / bottom, 1), f"{100 * 2.0**n:.2g} %") for n in range(0, bottom - 1, -2)),
+        tuple(Tick(round(HEIGHT * n / bottom, 1), _percent(2.0**n)) for n in range(0, bottom - 1, -2)),
         RIDGE,
     )
 
 
 def _share(intensity: float) -> str:
-    return f"{100 * min(1.0, intensity / RIDGE):.2g} %"
+    return _percent(min(1.0, intensity / RIDGE))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.095 else f"{100 * share:.1g} %"
 
 
 # ** what attention reads of every earlier token **

@@ -70,9 +70,9 @@ def read_dump(folder: Path) -> Material:
     here = sorted(folder.glob("graph_*/report.json"), key=lambda path: int(path.parent.name.rpartition("_")[2]))
     whole = folder / "report.json"
     try:
-        found = {_graph_report(_json(path)): _graph(path.parent) for path in here}
-        report = report_of(_json(whole)) if whole.is_file() else Report(tuple(found))
-        graphs = {each.name: graph for each, graph in found.items()}
+        reports = tuple(_graph_report(_json(path)) for path in here)
+        report = report_of(_json(whole)) if whole.is_file() else Report(reports)
+        graphs = {each.name: _graph(path.parent) for each, path in zip(reports, here, strict=True)}
         return Material(report, _run(folder), graphs)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"a report is not as this version writes it ({type(error).__name__}: {error})") from error

@@ -88,11 +88,16 @@ def _rows(
     places = {node.name: number for number, node in enumerate(right)}
     module = ""
     for a, b in _pairs(left, right):
-        here = (b.module if b else a.module if a else "").removeprefix(path).lstrip(".")
+        here = _part((b or a).module, path) if (b or a) else ""  # type: ignore[union-attr]
         one = _side(numbers[a.name], a, captured) if a else None
         two = _with_sources(_side(places[b.name], b, rewritten), b, numbers, normal) if b else None
         yield Row(a is not None and b is not None and a.name == b.name, one, two, here if here != module else "")
         module = here
+
+
+def _part(module: str, path: str) -> str:
+    """The part of the layer that a module belongs to: the first step below it."""
+    return module.removeprefix(path).lstrip(".").partition(".")[0] or module or ROOT
 
 
 def _pairs(left: Sequence[Node], right: Sequence[Node]) -> Iterator[tuple[Node | None, Node | None]]:

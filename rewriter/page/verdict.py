@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..report import GraphReport, Report
+from ..rules import Verdict as Judged
 from .units import count, size
 
 __all__ = ["Figure", "Tone", "Verdict", "figures", "first_compilations", "verdict"]
@@ -59,22 +60,25 @@ def _sentence(report: Report) -> tuple[Tone, str]:
             return "warn", f"No attention was recognised, so nothing was changed. {places} close; the reason is below."
         return "quiet", "This model has no attention, so there was nothing to rewrite and nothing was changed."
     rewritten = sum(len(_rewritten(graph)) for graph in graphs)
-    what = "The one attention" if sites == 1 else f"All {sites} attentions" if rewritten == sites else ""
-    if rewritten == 0:
-        verb = "was recognised and left as it is" if sites == 1 else "were recognised and left as they are"
-        return "quiet", f"{what or f'{sites} attentions'} of this model {verb}: no rewrite holds and pays here."
+    layers = {1: "The one attention layer", 2: "Both attention layers"}.get(sites, f"All {sites} attention layers")
+    were, they = ("was", "it is") if sites == 1 else ("were", "they are")
+    if not rewritten:
+        return "quiet", f"{layers} of this model {were} recognised and left as {they}: no rewrite holds and pays here."
     if rewritten < sites:
-        return "warn", f"{rewritten} of {sites} attentions of this model were rewritten; {_proof(report)}."
-    verb = "was" if sites == 1 else "were"
-    return "good", f"{what} of this model {verb} recognised and rewritten; {_proof(report)}."
+        return "warn", f"{rewritten} of {sites} attention layers of this model were rewritten; {_proof(report)}."
+    if near:
+        nearly = "one place that is nearly attention" if near == 1 else f"{near} places that are nearly attention"
+        return "warn", f"{layers} found in this model {were} rewritten, but {nearly} could not be; {_proof(report)}."
+    tone: Tone = "warn" if _went_wrong(report) else "good"
+    return tone, f"{layers} of this model {were} recognised and rewritten; {_proof(report)}."
 
 
 def _proof(report: Report) -> str:
     applied = [v for v in report.verdicts if v.outcome == "applied"]
     proven = sum(bool(v.certificate) and v.error is not None for v in applied)
     if proven == len(applied):
-        return "each rewrite was checked in double precision and gives the same result"
-    return f"{proven} of {count(len(applied), 'rewrite')} were checked in double precision and give the same result"
+        return "every rewrite was checked in double precision to give the same result"
+    return f"{proven} of {count(len(applied), 'rewrite')} were checked in double precision to give the same result"
 
 
 def _details(report: Report) -> Iterator[str]:
@@ -83,14 +87,14 @@ def _details(report: Report) -> Iterator[str]:
     if failed and not all(graph.failure for graph in graphs):
         verb = "was" if len(failed) == 1 else "were"
         yield f"{count(len(failed), 'graph')} of {len(report.graphs)} could not be read and {verb} left as it is."
-    wrong = [v for v in report.verdicts if v.outcome in ("undone", "failed")]
-    if wrong:
+    if wrong := _went_wrong(report):
         yield f"{count(len(wrong), 'rewrite')} went wrong and the nodes were put back: please report it."
-    near = sum(len(graph.near_misses) for graph in graphs)
-    if near and any(graph.sites for graph in graphs):
-        yield f"{count(near, 'place')} nearly attention and not recognised: see near misses."
     if report.breaks:
         yield f"{count(len(report.breaks), 'graph break')} cut the model; attention is not seen across a break."
+
+
+def _went_wrong(report: Report) -> list[Judged]:
+    return [v for v in report.verdicts if v.outcome in ("undone", "failed")]
 
 
 def _rewritten(graph: GraphReport) -> set[int]:
@@ -109,7 +113,7 @@ def _figures(report: Report) -> Iterator[Figure]:
     yield Figure(
         "attention", str(sites), "1 near miss" if near == 1 else f"{near} near misses" if near else "recognised"
     )
-    yield Figure("rewritten", f"{sum(len(_rewritten(graph)) for graph in graphs)} of {sites}", _classes(graphs))
+    yield Figure("rewritten", str(sum(len(_rewritten(graph)) for graph in graphs)), _classes(graphs))
     errors = [v.error for graph in graphs for v in graph.verdicts if v.error is not None and v.outcome == "applied"]
     largest = "largest relative error " + (f"{max(errors):.0e}" if any(errors) else "0")
     yield Figure("certificates", str(sum(graph.certificates for graph in graphs)), largest if errors else "none needed")

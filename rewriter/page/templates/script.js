@@ -37,9 +37,9 @@ for (const table of document.querySelectorAll("[data-sides]")) {
   // Long runs of steps that stayed the same are folded.
   let run = [];
   const fold = () => {
-    const rows = run.length > 4 ? run.slice(1, -1) : [];
+    const rows = run;
     run = [];
-    if (!rows.length) return;
+    if (rows.length < 4) return;
     const button = Object.assign(document.createElement("button"), {type: "button", textContent: `… ${rows.length} steps that stayed`});
     const row = document.createElement("tr"), cell = row.appendChild(document.createElement("td"));
     row.className = "fold";
@@ -51,8 +51,7 @@ for (const table of document.querySelectorAll("[data-sides]")) {
   };
   for (const row of table.tBodies[0].rows) {
     if (row.classList.contains("kept")) run.push(row);
-    else if (!row.classList.contains("module") || run.length === 0) { fold(); run = []; }
-    else run.push(row);
+    else fold();
   }
   fold();
 }
