@@ -71,7 +71,7 @@ class Mask:
     """SVG paths of what is seen, and of what a tensor decides."""
 
     unsure: str
-    sampled: bool
+    note: str
 
 
 @dataclass(frozen=True)
@@ -215,9 +215,11 @@ def _mask(same: Sequence[SiteReport]) -> Mask:
     site, rows = same[0], same[0].picture
     side = (len(rows[0]), len(rows))
     sizes = f"{site.shape.queries} queries × {site.shape.keys} keys"
-    sampled = (str(side[1]), str(side[0])) != (site.shape.queries, site.shape.keys)
     places = collapse([each.path for each in same]) or ROOT
-    return Mask(site.mask, places, sizes, side, _path(rows, "#"), _path(rows, "?"), sampled)
+    symbolic = not (site.shape.queries + site.shape.keys).isdigit()
+    whole = (str(side[1]), str(side[0])) == (site.shape.queries, site.shape.keys)
+    note = "at the sizes of this call" if symbolic else "" if whole else "some of them shown"
+    return Mask(site.mask, places, sizes, side, _path(rows, "#"), _path(rows, "?"), note)
 
 
 def _path(rows: Sequence[str], letter: str) -> str:

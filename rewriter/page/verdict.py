@@ -115,7 +115,7 @@ def _figures(report: Report) -> Iterator[Figure]:
     )
     yield Figure("rewritten", str(sum(len(_rewritten(graph)) for graph in graphs)), _classes(graphs))
     errors = [v.error for graph in graphs for v in graph.verdicts if v.error is not None and v.outcome == "applied"]
-    largest = "largest relative error " + (f"{max(errors):.0e}" if any(errors) else "0")
+    largest = "relative error " + (f"{max(errors):.0e}" if any(errors) else "0")
     yield Figure("certificates", str(sum(graph.certificates for graph in graphs)), largest if errors else "none needed")
     estimates = [v.estimate for graph in graphs for v in graph.verdicts if v.estimate and v.outcome == "applied"]
     if estimates:
