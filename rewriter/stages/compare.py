@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .matching import key, match
+from .matching import key, match, place_of
 from .nesting import shorten, without_numbers
 from .view import Node, Stage, refs
 
@@ -147,9 +147,8 @@ def _merged(xs: list[Node], ys: list[Node], matched: Mapping[str, str]) -> list[
 
 def _same(a: Stage, p: str, b: Stage, q: str, matched: Mapping[str, str]) -> bool:
     """Whether two operands are the same: matched with one another, or equal constants."""
-    x, y = a.by_name.get(p), b.by_name.get(q)
-    constants = x is not None and y is not None and x.kind == y.kind == "constant"
-    return matched.get(p) == q or (constants and x.fill == y.fill and x.type == y.type)
+    place = place_of(a.by_name[p])
+    return matched.get(p) == q or (bool(place) and place == place_of(b.by_name[q]))
 
 
 def _read(node: Node) -> Iterator[str]:

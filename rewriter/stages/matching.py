@@ -13,14 +13,14 @@ from collections.abc import Mapping
 from .nesting import text_of
 from .view import Node, Stage, refs
 
-__all__ = ["key", "match"]
+__all__ = ["key", "match", "place_of"]
 
 
 def match(a: Stage, b: Stage) -> dict[str, str]:
     """Names of `a` -> names of `b`."""
-    places = {(node.kind, _place(node)): node.name for node in reversed(b.nodes) if _place(node)}
-    first = {n.name: places[n.kind, _place(n)] for n in b.nodes if _place(n)}  # equal constants count as one
-    matched = {n.name: places[n.kind, _place(n)] for n in a.nodes if (n.kind, _place(n)) in places}
+    places = {(node.kind, place_of(node)): node.name for node in reversed(b.nodes) if place_of(node)}
+    first = {n.name: places[n.kind, place_of(n)] for n in b.nodes if place_of(n)}  # equal constants count as one
+    matched = {n.name: places[n.kind, place_of(n)] for n in a.nodes if (n.kind, place_of(n)) in places}
     free: dict[tuple[str, str], list[Node]] = {}
     for node in a.calls:
         free.setdefault((node.module, key(node, a)), []).append(node)
@@ -61,15 +61,17 @@ def key(node: Node, stage: Stage) -> str:
 
     def name(ref: str) -> str:
         given = stage.by_name.get(ref)
-        return (_place(given) if given else "") or "·"
+        return (place_of(given) if given else "") or "·"
 
     return f"{node.target}{text_of((*node.args, dict(node.kwargs)), name)} {node.type}"
 
 
-def _place(node: Node) -> str:
-    """Where an input stands in the program, what a constant is; "" for everything else."""
+def place_of(node: Node) -> str:
+    """Where an input stands in the program, what a constant or a function is; "" for everything else."""
     if node.kind == "input":
         return node.target
+    if node.body is not None:
+        return "; ".join(f"{n.name} {n.target}{text_of((*n.args, dict(n.kwargs)))}" for n in node.body.nodes)
     return f"{node.fill} {node.type}" if node.kind == "constant" else ""
 
 
