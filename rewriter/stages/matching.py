@@ -60,8 +60,8 @@ def key(node: Node, stage: Stage) -> str:
     """What a call is, whatever it reads: operator, numbers, weights, type."""
 
     def name(ref: str) -> str:
-        given = stage.by_name.get(ref)
-        return (place_of(given) if given else "") or "·"
+        given = stage.by_name[ref]
+        return "·" if given.kind == "call" or (given.kind == "input" and not given.weight) else place_of(given)
 
     return f"{node.target}{text_of((*node.args, dict(node.kwargs)), name)} {node.type}"
 
