@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from .nesting import text_of
-from .view import Node, Stage, refs
+from .view import Node, Stage
 
 __all__ = ["key", "match", "place_of"]
 
@@ -26,7 +26,7 @@ def match(a: Stage, b: Stage) -> dict[str, str]:
         free.setdefault((node.module, key(node, a)), []).append(node)
     for node in b.calls:
         candidates = free.get((node.module, key(node, b)), [])
-        read = [first.get(name, name) for name in _read(node)]
+        read = [first.get(name, name) for name in node.reads]
         score, place = max(((_shared(x, read, matched), -n) for n, x in enumerate(candidates)), default=(0, 0))
         if score:
             matched[candidates.pop(-place).name] = node.name
@@ -38,7 +38,7 @@ def _shared(x: Node, read: list[str], matched: Mapping[str, str]) -> int:
     """How much of what a node reads is matched with `read`: more in the same place than elsewhere."""
     if not read:
         return 1
-    found = [matched.get(name, "") for name in _read(x)]
+    found = [matched.get(name, "") for name in x.reads]
     return 2 * sum(p == q for p, q in zip(found, read, strict=True)) + len(set(found) & set(read))
 
 
@@ -48,7 +48,7 @@ def _backward(a: Stage, b: Stage, matched: dict[str, str]) -> None:
         partner = b.by_name.get(matched.get(node.name, ""))
         if partner is None:
             continue
-        for p, q in zip(_read(node), _read(partner), strict=True):
+        for p, q in zip(node.reads, partner.reads, strict=True):
             x, y = a.by_name[p], b.by_name[q]
             alike = x.kind == y.kind == "call" and x.module == y.module and key(x, a) == key(y, b)
             if alike and p not in matched and q not in taken:
@@ -73,7 +73,3 @@ def place_of(node: Node) -> str:
     if node.body is not None:
         return "; ".join(f"{n.name} {n.target}{text_of((*n.args, dict(n.kwargs)))}" for n in node.body.nodes)
     return f"{node.fill} {node.type}" if node.kind == "constant" else ""
-
-
-def _read(node: Node) -> list[str]:
-    return list(refs((node.args, dict(node.kwargs))))

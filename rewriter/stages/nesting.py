@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from .view import Argument, Code, Node, Ref, Stage, refs
+from .view import Argument, Code, Node, Ref, Stage
 
 __all__ = ["Module", "canonical", "nest", "shorten", "text_of"]
 
@@ -100,7 +100,7 @@ def _form(module: Module, known: Mapping[str, Node]) -> tuple[str, ...]:
 
 def _reading(module: Module) -> list[Node]:
     """The nodes that read something. The others are constants, of which several layers may share the first one's."""
-    return [node for node in module.nodes() if any(refs((node.args, dict(node.kwargs))))]
+    return [node for node in module.nodes() if node.reads]
 
 
 def canonical(node: Node, known: Mapping[str, Node], inner: Mapping[str, str], prefix: str = "") -> str:
