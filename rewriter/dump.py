@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from .report import GraphReport, Report, render
 from .rewrite import Rewritten
 from .stages import dot, python, svg, text
 from .stages.layer import cut, layer_path
+from .stages.nesting import nest
 from .stages.record import Recorder
 from .stages.view import STAGES, Stage
 
@@ -194,14 +195,15 @@ def stage_files(stage: Stage, choices: Choices) -> dict[str, Content]:
     name, whole = stage.name, choices.layer is None
     if choices.layer is not None:
         stage, name = cut(stage, layer_path(stage, choices.layer)), f"{name}.layer_{choices.layer}"
-    return {f"{name}.{FORMATS[form]}": render_stage(stage, form, whole) for form in choices.formats}
-
-
-def render_stage(stage: Stage, form: str, whole: bool = True) -> str:
-    """A stage as text. `whole`: it is no part of a graph."""
-    if form == "py":
-        return python.render(stage, whole)
-    return {"text": text.render, "json": Stage.to_json, "dot": dot.render, "svg": svg.render}[form](stage)
+    tree = nest(stage)
+    renderers: dict[str, Callable[[], str]] = {
+        "text": lambda: text.render(stage, tree),
+        "py": lambda: python.render(stage, whole),
+        "json": stage.to_json,
+        "dot": lambda: dot.render(stage, tree),
+        "svg": lambda: svg.render(stage, tree),
+    }
+    return {f"{name}.{FORMATS[form]}": renderers[form]() for form in choices.formats}
 
 
 def _json(data: Any) -> str:
