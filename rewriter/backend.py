@@ -132,10 +132,11 @@ def transform(
     with stage("recognise", seconds):
         found = recognise(normal.graph)
         writes = Mutations.of(normal.graph)
-        sites = tuple(report_site(i, site, writes) for i, site in enumerate(found.sites))
+        hints = size_hints(normal.graph.nodes)
+        sites = tuple(report_site(i, site, writes, hints) for i, site in enumerate(found.sites))
         misses = tuple(report_miss(miss) for miss in found.misses)
     with stage("rewrite", seconds):
-        done = rewrite_graph(normal.graph, found.sites, options, size_hints(normal.graph.nodes))
+        done = rewrite_graph(normal.graph, found.sites, options, hints)
         remove_dead_code(normal)
         check_normal_form(normal, contract)
     record("rewritten", normal)

@@ -468,10 +468,10 @@ def emit_trace_artifact(name: str, text: str) -> None:
 
 
 def trace_enabled() -> bool:
-    """Whether anything listens to torch's structured trace log."""
-    from torch._logging._internal import trace_log  # 2.13
+    """Whether torch writes a structured trace: its handler opens the file at the first entry, before a backend runs."""
+    from torch._logging._internal import LazyTraceHandler, trace_log  # 2.13
 
-    return bool(trace_log.handlers)
+    return any(isinstance(h, LazyTraceHandler) and h.stream is not None for h in trace_log.handlers)
 
 
 def debug_folder() -> Path | None:

@@ -77,6 +77,7 @@ class Shape:
     width: str
     value_width: str
     dtype: str
+    batch: str = "1"
 
 
 def shape(site: AttentionSite) -> Shape:
@@ -93,4 +94,5 @@ def shape(site: AttentionSite) -> Shape:
         str(widths),
         str(size_of(axes.value_width)),
         str(dtype).replace("torch.", ""),
+        str(size_of(axes.batch)),
     )

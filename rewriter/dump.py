@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from .certify import Certificate
 from .compat import debug_folder, emit_trace_artifact, trace_enabled
 from .dump_folder import Content, Folder
 from .dump_index import describe_graph, describe_graphs
+from .environment import Run
 from .kernel_sources import KernelSource, kernel_sources
 from .options import Options
 from .registry import rewrites
@@ -28,6 +29,7 @@ from .report import GraphReport, Report, render
 from .rewrite import Rewritten
 from .stages import dot, python, svg, text
 from .stages.layer import cut, layer_path
+from .stages.nesting import nest
 from .stages.record import Recorder
 from .stages.view import STAGES, Stage
 
@@ -144,7 +146,7 @@ def trace_artifacts(report: GraphReport) -> None:
     emit_trace_artifact("latent_report", render(report))
 
 
-def write_dump(root: Path, report: Report, graphs: Sequence[Recorded], choices: Choices) -> Folder:
+def write_dump(root: Path, report: Report, graphs: Sequence[Recorded], choices: Choices, run: Run) -> Folder:
     """All graphs of one run. What an earlier dump left in the folder goes. Raises DumpError."""
     folder = Folder(root)
     files: dict[str, Content] = {}
@@ -153,6 +155,7 @@ def write_dump(root: Path, report: Report, graphs: Sequence[Recorded], choices: 
         files |= {f"{here}/{name}": content for name, content in graph_files(recorded, choices).items()}
     files["index.md"] = describe_graphs([(folder_of(r.report.name), headline(r.report)) for r in graphs])
     files["report.json"] = report.to_json() + "\n"
+    files["run.json"] = _json(dataclasses.asdict(run))
     folder.replace("", files)
     return folder
 
@@ -192,14 +195,15 @@ def stage_files(stage: Stage, choices: Choices) -> dict[str, Content]:
     name, whole = stage.name, choices.layer is None
     if choices.layer is not None:
         stage, name = cut(stage, layer_path(stage, choices.layer)), f"{name}.layer_{choices.layer}"
-    return {f"{name}.{FORMATS[form]}": render_stage(stage, form, whole) for form in choices.formats}
-
-
-def render_stage(stage: Stage, form: str, whole: bool = True) -> str:
-    """A stage as text. `whole`: it is no part of a graph."""
-    if form == "py":
-        return python.render(stage, whole)
-    return {"text": text.render, "json": Stage.to_json, "dot": dot.render, "svg": svg.render}[form](stage)
+    tree = nest(stage)
+    renderers: dict[str, Callable[[], str]] = {
+        "text": lambda: text.render(stage, tree),
+        "py": lambda: python.render(stage, whole),
+        "json": stage.to_json,
+        "dot": lambda: dot.render(stage, tree),
+        "svg": lambda: svg.render(stage, tree),
+    }
+    return {f"{name}.{FORMATS[form]}": renderers[form]() for form in choices.formats}
 
 
 def _json(data: Any) -> str:

@@ -8,9 +8,13 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import sympy
+
 from .describe import Shape, equation, shape
+from .mask_pictures import mask_picture
 from .masks_of_site import describe_masks
 from .mutations import Mutations
 from .origins.text import describe_origins
@@ -35,6 +39,9 @@ class SiteReport:
     shape: Shape
     origins: tuple[str, ...] = ()
     """Where query, key and value come from, a line each."""
+
+    picture: tuple[str, ...] = ()
+    """What the mask was proven to do, see `mask_pictures`."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +151,14 @@ class Report:
     def to_json(self, indent: int | None = 2) -> str:
         return json.dumps(self.to_dict(), indent=indent, default=str, ensure_ascii=False)
 
+    def to_html(self, path: str | Path) -> None:
+        """One file that loads nothing (extra `report`); `latent report` adds graphs and kernels to it."""
+        from .environment import Run, environment
+        from .page.reading import Material
+        from .page.render import write
+
+        write(Material(self, Run(environment=environment())), Path(path))
+
     def __str__(self) -> str:
         return render_report(self)
 
@@ -162,7 +177,7 @@ def _filtered(graph: GraphReport, pattern: str, near: int | None) -> GraphReport
     )
 
 
-def report_site(index: int, site: AttentionSite, writes: Mutations) -> SiteReport:
+def report_site(index: int, site: AttentionSite, writes: Mutations, hints: Mapping[sympy.Symbol, int]) -> SiteReport:
     return SiteReport(
         index,
         module_path(site.anchor),
@@ -172,6 +187,7 @@ def report_site(index: int, site: AttentionSite, writes: Mutations) -> SiteRepor
         describe_masks(site),
         shape(site),
         tuple(describe_origins(site, writes).values()),
+        mask_picture(site, hints),
     )
 
 

@@ -103,9 +103,9 @@ def _verdicts(graph: GraphReport) -> Iterator[Block]:
 def _detail(same: Sequence[Verdict], places: Collection[str]) -> str:
     """What there is to say about equal verdicts; a refusal has its place where nothing else was applied there."""
     errors = [v.error for v in same if v.error is not None]
-    moved = [v.moved for v in same if v.moved is not None]
-    sizes = " → ".join(size_text(sum(each)) for each in zip(*moved, strict=True))
-    traffic = f"moves {sizes}" if moved else ""
+    known = [v.estimate for v in same if v.estimate is not None]
+    before, after = sum(e.bytes_before for e in known), sum(e.bytes_after for e in known)
+    traffic = f"moves {size_text(before)} → {size_text(after)}" if known else ""
     if same[0].outcome == "applied":
         largest = f"{max(errors):.0e}" if any(errors) else "0"
         uncertified = f"not certified ({same[0].reason})" if same[0].reason else "not certified"

@@ -117,7 +117,7 @@ class _Run:
             site.space.splits, site.space.sums = splits, sums
             return self._refuse(verdict, answer)
         benefit = rule.benefit(answer)
-        verdict = replace(verdict, moved=benefit.moved(self.hints))
+        verdict = replace(verdict, estimate=benefit.at(self.hints))
         if not benefit.pays(self.hints):
             return replace(verdict, outcome="not paying", reason="as many bytes move as before")
         if (refusal := self._written_between(site, answer)) is not None:

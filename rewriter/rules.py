@@ -62,19 +62,23 @@ class Benefit:
 
     def pays(self, hints: Mapping[sympy.Symbol, int]) -> bool:
         """Whether it takes no longer at the example sizes, with a byte moved in the time of `RIDGE` operations."""
+        known = self.at(hints)
+        return known.bytes_after * RIDGE + known.flops_after <= known.bytes_before * RIDGE + known.flops_before
 
-        def seconds(cost: Cost) -> float:
-            return _number(cost.bytes * RIDGE + cost.flops, hints)
-
-        return seconds(self.after) <= seconds(self.before)
-
-    def moved(self, hints: Mapping[sympy.Symbol, int]) -> tuple[float, float]:
-        """Bytes before and after at the example sizes."""
-        return _number(self.before.bytes, hints), _number(self.after.bytes, hints)
+    def at(self, hints: Mapping[sympy.Symbol, int]) -> Estimate:
+        """The same in numbers, at the example sizes."""
+        exprs = (self.before.flops, self.before.bytes, self.after.flops, self.after.bytes)
+        return Estimate(*(float(sympy.sympify(expr).subs(hints)) for expr in exprs))
 
 
-def _number(expr: sympy.Expr, hints: Mapping[sympy.Symbol, int]) -> float:
-    return float(sympy.sympify(expr).subs(hints))
+@dataclass(frozen=True)
+class Estimate:
+    """A benefit in numbers."""
+
+    flops_before: float
+    bytes_before: float
+    flops_after: float
+    bytes_after: float
 
 
 class Rewrite(Protocol):
@@ -103,5 +107,5 @@ class Verdict:
     certificate: str = ""
     """The name of the certificate, which identical sites share."""
 
-    moved: tuple[float, float] | None = None
-    """Bytes before and after by the rewrite's own account at the example sizes, where it matched."""
+    estimate: Estimate | None = None
+    """What the rewrite was expected to save, where it matched."""

@@ -23,6 +23,7 @@ from .diff import diff
 from .dump import dump
 from .masks import masks
 from .mlir import mlir
+from .report import report
 from .rules import patterns, rewrites
 
 __all__ = ["app"]
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 app.command()(dump)
 app.command()(diff)
+app.command()(report)
 app.command()(bisect)
 app.command()(masks)
 app.command()(mlir)
@@ -112,12 +114,12 @@ def explain(
             found = load_target(target, choices)
         with progress("tracing and recognising"), torch.no_grad():
             run = look(found.model, rewrites=rewrite or None, verify=verify.value, dynamic=dynamic or None)
-            report = run(*found.args, **found.kwargs)
-    short, report = report.shortfall(counts), report.only(site, near)
+            result = run(*found.args, **found.kwargs)
+    short, result = result.shortfall(counts), result.only(site, near)
     if as_json:
-        print(json.dumps({"target": target, "notes": found.notes, "unmet": short, **report.to_dict()}, default=str))
+        print(json.dumps({"target": target, "notes": found.notes, "unmet": short, **result.to_dict()}, default=str))
     else:
-        show("\n".join([target, *(f"  {note}" for note in found.notes), "", str(report)]))
+        show("\n".join([target, *(f"  {note}" for note in found.notes), "", str(result)]))
     if short:
         err().print("\n".join(f"expectation failed: {text}" for text in short), style="latent.bad", markup=False)
         raise typer.Exit(EXPECTATION)
@@ -226,7 +228,7 @@ def demo(
 def env(as_json: Json = False) -> None:
     """Print the versions that a bug report needs."""
     with _errors():
-        from .environment import environment
+        from ..environment import environment
 
         facts = environment()
     if as_json:

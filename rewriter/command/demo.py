@@ -15,8 +15,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from ..environment import cpp_compiler
 from .console import progress, show, table
-from .environment import cpp_compiler
 
 __all__ = ["DemoError", "run_demo"]
 

@@ -36,9 +36,9 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """Compare two stages of dumps by module path: - only in A, + only in B, ~ reads something else."""
+    if stage is not None and stage not in STAGES:
+        raise typer.BadParameter(f"{stage!r} is none of {', '.join(STAGES)}", param_hint="--stage")
     with errors():
-        if stage is not None and stage not in STAGES:
-            raise typer.BadParameter(f"{stage!r} is none of {', '.join(STAGES)}", param_hint="--stage")
         differences = list(_compared(Path(a), Path(b), stage))
         if page is not None:
             _write(page, differences)

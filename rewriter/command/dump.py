@@ -92,6 +92,7 @@ def dump(
 
         from ..dump import FORMATS, Choices, write_dump
         from ..dump_folder import DumpError
+        from ..environment import Run, environment
         from ..explain import record
         from ..stages.view import STAGES
 
@@ -106,7 +107,8 @@ def dump(
                 printed = _printed(graphs, choices)
             else:
                 with progress(f"writing {out}"):
-                    folder = write_dump(out, report, graphs, choices)
+                    run = Run(target, found.notes, environment())
+                    folder = write_dump(out, report, graphs, choices, run)
         except DumpError as error:
             what, _, todo = str(error).partition("\n")
             raise TargetError(what, todo) from error

@@ -33,15 +33,15 @@ Values = Mapping[sympy.Symbol, int]
 
 def materialise(
     terms: Sequence[MaskTerm],
-    queries: int,
-    keys: int,
+    queries: int | torch.Tensor,
+    keys: int | torch.Tensor,
     *,
     sizes: Values | None = None,
     batch: Values | None = None,
     loads: Sequence[tuple[sympy.Symbol, Load]] = (),
     tensors: Mapping[fx.Node, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """The visible keys, true, as [.. batch, queries, keys].
+    """The visible keys, true, as [.. batch, queries, keys], of all or of chosen queries and keys.
 
     Symbolic sizes are looked up in `sizes`, the sizes of batch index variables in `batch`, in the order of the result's
     dimensions; terms that read tensors need these, and the `loads` of the proof. Raises ValueError for Opaque terms.
@@ -56,18 +56,19 @@ def materialise(
 class _Grid:
     def __init__(
         self,
-        queries: int,
-        keys: int,
+        queries: int | torch.Tensor,
+        keys: int | torch.Tensor,
         sizes: dict[sympy.Symbol, int],
         batch: dict[sympy.Symbol, int],
         loads: dict[sympy.Symbol, Load],
         tensors: dict[fx.Node, torch.Tensor],
     ) -> None:
-        self.shape = (*batch.values(), queries, keys)
+        given = [torch.arange(n) if isinstance(n, int) else n for n in (*batch.values(), queries, keys)]
+        self.shape = tuple(map(len, given))
         self.loads, self.tensors = loads, tensors
         self.values: dict[sympy.Symbol, Any] = dict(sizes)
-        for dim, (variable, size) in enumerate([*batch.items(), (I, queries), (J, keys)]):
-            self.values[variable] = torch.arange(size).view([-1 if d == dim else 1 for d in range(len(self.shape))])
+        for dim, (variable, indices) in enumerate(zip([*batch, I, J], given, strict=True)):
+            self.values[variable] = indices.view([-1 if d == dim else 1 for d in range(len(self.shape))])
 
     def holds(self, term: MaskTerm) -> torch.Tensor:
         i, j = self.values[I], self.values[J]

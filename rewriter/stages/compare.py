@@ -7,13 +7,13 @@ turn, reads something else.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .matching import key, match
+from .matching import key, match, place_of
 from .nesting import shorten, without_numbers
-from .view import Node, Stage, refs
+from .view import Node, Stage
 
 __all__ = ["Comparison", "Line", "ModuleDiff", "compare"]
 
@@ -119,7 +119,7 @@ def _line(x: Node | None, y: Node | None, a: Stage, b: Stage, matched: Mapping[s
     after = f"{shorten(y, b.by_name)}   {y.type}" if y else ""
     if x is None or y is None:
         return Line("-" if x else "+", x, y, before, after, y.rewrite if y else "")
-    moved = [(p, q) for p, q in zip(_read(x), _read(y), strict=True) if not _same(a, p, b, q, matched)]
+    moved = [(p, q) for p, q in zip(x.reads, y.reads, strict=True) if not _same(a, p, b, q, matched)]
     if not moved:
         return Line(" ", x, y, before, after)
     note = ", ".join(f"reads {_described(q, b)} instead of {_described(p, a)}" for p, q in moved)
@@ -147,13 +147,8 @@ def _merged(xs: list[Node], ys: list[Node], matched: Mapping[str, str]) -> list[
 
 def _same(a: Stage, p: str, b: Stage, q: str, matched: Mapping[str, str]) -> bool:
     """Whether two operands are the same: matched with one another, or equal constants."""
-    x, y = a.by_name.get(p), b.by_name.get(q)
-    constants = x is not None and y is not None and x.kind == y.kind == "constant"
-    return matched.get(p) == q or (constants and x.fill == y.fill and x.type == y.type)
-
-
-def _read(node: Node) -> Iterator[str]:
-    return refs((node.args, dict(node.kwargs)))
+    place = place_of(a.by_name[p])
+    return matched.get(p) == q or (bool(place) and place == place_of(b.by_name[q]))
 
 
 def _described(name: str, stage: Stage) -> str:

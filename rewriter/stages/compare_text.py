@@ -54,7 +54,9 @@ def _flow(module: ModuleDiff) -> Iterator[str]:
                 yield from hanging("  ~ ", f"{_times(same[0], len(list(group)))}   {same[1]}")
             continue
         steps = [_times(text, len(list(group))) for text, group in groupby(lines, _short)]
-        whole = " · ".join(step.replace(" ", "\N{NO-BREAK SPACE}") for step in steps)  # lines break between steps
+        whole = "\N{NO-BREAK SPACE}· ".join(
+            step.replace(" ", "\N{NO-BREAK SPACE}") for step in steps
+        )  # lines break between steps
         yield from (text.replace("\N{NO-BREAK SPACE}", " ") for text in hanging(f"  {sign} ", whole))
         if rewrites := list(dict.fromkeys(line.note for line in lines if line.note)):
             yield from hanging("    ", f"by {', '.join(rewrites)}")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from .nesting import Module
 from .picture import Frame, Picture, label, picture
 from .view import Node, Stage
 
 __all__ = ["render"]
 
 
-def render(stage: Stage) -> str:
+def render(stage: Stage, tree: Module | None = None) -> str:
     """DOT: `dot -Tsvg rewritten.dot > rewritten.svg`."""
-    shown = picture(stage)
+    shown = picture(stage, tree)
     lines = [
         f"digraph {_quoted(f'{stage.graph}, {stage.name}')} {{",
         '  node [shape=box, style="rounded,filled", fillcolor=white, fontname=Helvetica, fontsize=10];',

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import replace
 
 from .fills import fill_of_type
-from .view import Node, Ref, Stage, refs
+from .view import Node, Ref, Stage
 
 __all__ = ["cut", "layer_path"]
 
@@ -33,12 +33,10 @@ def cut(stage: Stage, path: str) -> Stage:
     """The calls of the modules at and below `path`."""
     inside = [node for node in stage.calls if _inside(node, path)]
     names = {node.name for node in inside}
-    read = dict.fromkeys(name for node in inside for name in refs((node.args, node.kwargs)) if name not in names)
+    read = dict.fromkeys(name for node in inside for name in node.reads if name not in names)
     given = [_given(stage.by_name[name]) for name in read]
     given.sort(key=lambda node: node.kind != "input")
-    results = dict.fromkeys(
-        name for node in stage.nodes if node.name not in names for name in refs((node.args, node.kwargs))
-    )
+    results = dict.fromkeys(name for node in stage.nodes if node.name not in names for name in node.reads)
     out = tuple(Ref(name) for name in results if name in names)
     return replace(stage, nodes=(*given, *inside, Node("output", "output", args=(out,))))
 

@@ -85,17 +85,22 @@ def _collapse(module: Module, known: Mapping[str, Node]) -> Module:
             continue
         first, *others = groups[entry]
         paths = tuple(m.path for m in (first, *others))
-        shown = [node.name for node in first.nodes()]
-        twins = {node.name: name for other in others for node, name in zip(other.nodes(), shown, strict=True)}
+        shown = [node.name for node in _reading(first)]
+        twins = {node.name: name for other in others for node, name in zip(_reading(other), shown, strict=True)}
         items.append(replace(_collapse(first, known), paths=paths, twins=twins))
     return replace(module, items=tuple(items))
 
 
 def _form(module: Module, known: Mapping[str, Node]) -> tuple[str, ...]:
     """Equal for two runs that compute the same, in modules of the same name but for numbers."""
-    inner = {node.name: str(n) for n, node in enumerate(module.nodes())}
-    lines = (canonical(node, known, inner, module.path) for node in module.nodes())
+    inner = {node.name: str(n) for n, node in enumerate(_reading(module))}
+    lines = (canonical(node, known, inner, module.path) for node in _reading(module))
     return (without_numbers(module.path), *lines)
+
+
+def _reading(module: Module) -> list[Node]:
+    """The nodes that read something. The others are constants, of which several layers may share the first one's."""
+    return [node for node in module.nodes() if node.reads]
 
 
 def canonical(node: Node, known: Mapping[str, Node], inner: Mapping[str, str], prefix: str = "") -> str:
@@ -105,10 +110,9 @@ def canonical(node: Node, known: Mapping[str, Node], inner: Mapping[str, str], p
     def name(ref: str) -> str:
         if ref in inner:
             return f"%{inner[ref]}"
-        given = known.get(ref)
-        if given is None or given.kind == "call":
-            return given.type if given else ref
-        return f"{without_numbers(given.target.removeprefix(f'{prefix}.'))} {given.type}"
+        given = known[ref]
+        place = without_numbers(given.target.removeprefix(f"{prefix}.")) if given.weight else given.fill
+        return f"{'' if given.kind == 'input' and not given.weight else place} {given.type}"
 
     arguments = text_of((*node.args, dict(node.kwargs)), name)
     return f"{node.module.removeprefix(prefix)} {node.target}{arguments} {node.type}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from .view import Node, Stage, refs
+from .view import Node, Stage
 
 __all__ = ["Replacement", "link"]
 
@@ -53,7 +53,7 @@ def _gone_with(before: Stage, after: Stage, regions: set[tuple[str, ...]]) -> di
             for region in causes.get(node.name, ()):
                 if node.name not in named:
                     gone.setdefault(region, set()).add(node.name)
-            for name in refs((node.args, node.kwargs)):
+            for name in node.reads:
                 if name not in stayed and name not in named:
                     causes.setdefault(name, set()).update(causes.get(node.name, ()))
     return gone

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .nesting import Module, nest
 from .text import title
-from .view import Node, Stage, refs
+from .view import Node, Stage
 
 __all__ = ["Edge", "Frame", "Picture", "picture"]
 
@@ -41,23 +41,21 @@ class Picture:
     weights: Mapping[str, tuple[Node, ...]]
 
 
-def picture(stage: Stage) -> Picture:
+def picture(stage: Stage, tree: Module | None = None) -> Picture:
     """The rows in the order in which they run."""
     rows = [node for node in stage.inputs if not node.weight]
     frames: list[Frame] = []
     twins: dict[str, str] = {}
-    _lay(nest(stage), 0, "", rows, frames, twins)
+    _lay(tree or nest(stage), 0, "", rows, frames, twins)
     rows += [node for node in stage.nodes if node.kind == "output"]
     place = {node.name: number for number, node in enumerate(rows)}
     edges: dict[tuple[int, int], Edge] = {}
     for number, node in enumerate(rows):
-        for name in refs((node.args, node.kwargs)):
+        for name in node.reads:
             start = place.get(_shown(name, twins))
             if start is not None and start < number:
                 edges.setdefault((start, number), Edge(start, number, stage.by_name[name].type))
-    weights = {
-        node.name: tuple(given for name in refs(node.args) if (given := stage.by_name[name]).weight) for node in rows
-    }
+    weights = {node.name: tuple(given for name in node.reads if (given := stage.by_name[name]).weight) for node in rows}
     return Picture(tuple(rows), tuple(frames), tuple(edges.values()), weights)
 
 

@@ -42,16 +42,15 @@ def render(stage: Stage, whole: bool = True) -> str:
     """The file. `whole`: it is the whole graph, so the inputs kept beside it, if there are any, are used."""
     body = "\n".join([*_signature(stage), *_lines(stage, "    ")])
     fills = "\n".join(f"        {node.name!r}: {node.fill}," for node in stage.inputs)
-    code = f"{body}\n\n\ndef inputs():\n{_INPUTS_DOC}    generator.manual_seed(0)\n    return {{\n{fills}\n    }}\n"
-    helpers = "".join(f"\n{text}" for name, text in HELPERS.items() if f"{name}(" in fills + body)
-    parts = [_docstring(stage, whole), _imports(body), "\ngenerator = torch.Generator()\n", helpers]
-    if "constants[" in body:
-        parts.append('\nconstants = torch.load(Path(__file__).with_name("constants.pt"))\n')
-    values = "(torch.load(kept) if kept.exists() else inputs())" if whole else "inputs()"
-    main = MAIN.format(values=values)
+    made = f"def inputs():\n{_INPUTS_DOC}    generator.manual_seed(0)\n    return {{\n{fills}\n    }}\n"
+    main = MAIN.format(values="(torch.load(kept) if kept.exists() else inputs())" if whole else "inputs()")
     if whole:
         main = main.replace("    with torch", '    kept = Path(__file__).with_name("inputs.pt")\n    with torch', 1)
-    return "".join([*parts, "\n\n", code, main])
+    helpers = "".join(f"\n{text}" for name, text in HELPERS.items() if f"{name}(" in fills)
+    if "constants[" in body:
+        helpers += '\nconstants = torch.load(Path(__file__).with_name("constants.pt"))\n'
+    code = f"\ngenerator = torch.Generator()\n{helpers}\n\n{body}\n\n\n{made}{main}"
+    return f"{_docstring(stage, whole)}{_imports(code)}{code}"
 
 
 _INPUTS_DOC = (
@@ -65,13 +64,16 @@ def _docstring(stage: Stage, whole: bool) -> str:
     return f'"""{name}: {len(stage.calls)} calls. {kept}"""\n\n'
 
 
-def _imports(body: str) -> str:
-    standard = ["from math import inf, nan", "from pathlib import Path"]
-    standard += [f"import {name}" for name in ("math", "operator") if re.search(rf"\b{name}\.", body)]
-    text = "\n".join([*sorted(standard), "", "import torch"])
-    if re.search(r"torch\.ops\.(?!aten\.|higher_order\.)", body):
-        text += "\nfrom latent.rewriter.registry import rewrites\n\nrewrites()  # loads what defines latent's operators"
-    return f"{text}\n\naten = torch.ops.aten\n"
+def _imports(code: str) -> str:
+    lines = [f"import {name}" for name in ("math", "operator") if re.search(rf"\b{name}\.", code)]
+    if special := [name for name in ("inf", "nan") if re.search(rf"\b{name}\b", code)]:
+        lines.append(f"from math import {', '.join(special)}")
+    if "Path(" in code:
+        lines.append("from pathlib import Path")
+    lines += ["", "import torch"] if lines else ["import torch"]
+    if re.search(r"torch\.ops\.(?!higher_order\.)", code):
+        lines += ["from latent.rewriter.registry import rewrites", "", "rewrites()  # loads what defines the operators"]
+    return "\n".join([*lines, "", "aten = torch.ops.aten", ""])
 
 
 def _signature(stage: Stage) -> Iterator[str]:
@@ -102,6 +104,7 @@ def _statement(node: Node, margin: str) -> Iterator[str]:
         parameters = ", ".join(inner.name for inner in node.body.inputs)
         yield f"\n{margin}def {node.name}({parameters}):"
         yield from _lines(node.body, f"{margin}    ")
+        yield ""
     elif node.kind == "call":
         note = f"  # {node.type}" if node.types else ""
         note += f"   {node.rewrite}" if node.rewrite else ""
@@ -113,11 +116,12 @@ def _statement(node: Node, margin: str) -> Iterator[str]:
 
 def call_text(node: Node) -> str:
     """The call as Python."""
-    target = (
-        node.target.replace("torch.ops.aten.", "aten.", 1)
-        if node.target.startswith("torch.ops.aten.")
-        else (node.target)
-    )
     arguments = [text_of(argument) for argument in node.args]
+    if node.target == "torch.ops.higher_order.tag_activation_checkpoint":  # matters to gradients alone
+        return f"{arguments[0]}({', '.join(arguments[1:])})"
     arguments += [f"{key}={text_of(value)}" for key, value in node.kwargs.items()]
-    return f"{target}({', '.join(arguments)})"
+    return f"{node.target.removeprefix('torch.ops.') if _is_aten(node) else node.target}({', '.join(arguments)})"
+
+
+def _is_aten(node: Node) -> bool:
+    return node.target.startswith("torch.ops.aten.")

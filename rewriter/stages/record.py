@@ -6,6 +6,7 @@ import keyword
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,17 +34,19 @@ class Recorder:
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     """Constants of the program that are too large to be written out."""
 
-    kernels: dict[str, str] = field(default_factory=dict)
+    @cached_property
+    def fills(self) -> list[str]:
+        return [fill_for(value) for value in self.inputs]
 
     def add(self, name: str, gm: fx.GraphModule) -> None:
         """Record the graph as it is now."""
         names = _input_names(gm.graph)
         nodes, replaced = [], {}
-        fills = iter(self.inputs)
+        fills = iter(self.fills)
         for node in gm.graph.nodes:
             made = _node(node, names, self.constants)
             if node.op == "placeholder":
-                made = replace(made, fill=fill_for(next(fills)))
+                made = replace(made, fill=next(fills))
             replaced[made.name] = Replacement(node.meta.get(LOWERED, ""), tuple(node.meta.get(REPLACES, ())))
             nodes.append(made)
         stage = Stage(name, self.graph, tuple(nodes), {"torch": torch.__version__})

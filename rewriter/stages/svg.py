@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from html import escape
 
+from .nesting import Module
 from .picture import Picture, label, picture
 from .view import Stage
 
@@ -20,9 +21,9 @@ text { font: 12px ui-monospace, monospace; fill: #1d2733 } .quiet { fill: #6b778
 """
 
 
-def render(stage: Stage) -> str:
+def render(stage: Stage, tree: Module | None = None) -> str:
     """SVG. What a rewrite emitted is pale yellow, operators of this package yellow."""
-    shown = picture(stage)
+    shown = picture(stage, tree)
     height = TOP + ROW * (len(shown.rows) + 1)
     return "\n".join(
         [

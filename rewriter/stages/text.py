@@ -7,7 +7,7 @@ from itertools import chain
 
 from ..report_text import collapse
 from .nesting import Module, nest, shorten
-from .view import Node, Stage, refs
+from .view import Node, Stage
 
 __all__ = ["head", "render", "title"]
 
@@ -15,13 +15,13 @@ COLUMN = 96
 """Where the types stand, unless a call is longer."""
 
 
-def render(stage: Stage) -> str:
+def render(stage: Stage, tree: Module | None = None) -> str:
     """The whole stage. ◆ stands before operators of this package, and behind what a rewrite emitted its name."""
     title = f"{stage.graph} · {stage.name} · {head(stage)}"
     lines = [title, "─" * len(title)]
     lines += [f"  {text}" for text in _inputs(stage)]
-    lines += _module(nest(stage), stage.by_name, 0)
-    results = [name for node in stage.nodes if node.kind == "output" for name in refs(node.args)]
+    lines += _module(tree or nest(stage), stage.by_name, 0)
+    results = [name for node in stage.nodes if node.kind == "output" for name in node.reads]
     lines += [f"  return {name}: {stage.by_name[name].type}" for name in results]
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
@@ -66,7 +66,7 @@ def title(module: Module, above: str) -> str:
 
 def _reads(module: Module, known: Mapping[str, Node], inner: set[str]) -> str:
     """What comes in from other modules, weights aside."""
-    read = dict.fromkeys(chain.from_iterable(refs((n.args, n.kwargs)) for n in module.nodes()))
+    read = dict.fromkeys(chain.from_iterable(n.reads for n in module.nodes()))
     outer = [known[name] for name in read if name not in inner and name in known and not known[name].weight]
     shown = [f"{node.name} {node.type}" for node in outer[:4]]
     return "← " + ", ".join(shown) + (f" and {len(outer) - 4} more" if len(outer) > 4 else "") if outer else ""

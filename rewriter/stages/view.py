@@ -92,6 +92,11 @@ class Node:
     weight: bool = False
     """For inputs: a parameter or buffer of the model."""
 
+    @cached_property
+    def reads(self) -> tuple[str, ...]:
+        """The names of the nodes that are arguments, in order."""
+        return tuple(refs((self.args, dict(self.kwargs))))
+
     @property
     def operator(self) -> str:
         """The target in short: linear, latent::attention, mul."""

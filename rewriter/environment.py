@@ -1,4 +1,4 @@
-"""What a bug report needs to say about the machine."""
+"""What a bug report needs to say about the machine and the call."""
 
 from __future__ import annotations
 
@@ -6,10 +6,21 @@ import importlib.metadata
 import os
 import platform
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-__all__ = ["cpp_compiler", "environment"]
+__all__ = ["Run", "cpp_compiler", "environment"]
 
 PACKAGES = ("torch-latent", "torch", "triton", "transformers", "accelerate", "gguf", "sympy", "networkx")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was looked at, how it was called, and where."""
+
+    target: str = ""
+    notes: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def environment() -> dict[str, str]:

@@ -1,0 +1,40 @@
+"""Numbers for readers."""
+
+from __future__ import annotations
+
+__all__ = ["count", "flops", "less", "number", "size"]
+
+
+def size(value: float) -> str:
+    """Bytes: 1.23 MB."""
+    return _scaled(value, ("B", "kB", "MB", "GB", "TB"))
+
+
+def flops(value: float) -> str:
+    """Operations: 1.23 GFLOP."""
+    return _scaled(value, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"))
+
+
+def _scaled(value: float, units: tuple[str, ...]) -> str:
+    for unit in units[:-1]:
+        if value < 999.5:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} {units[-1]}"
+
+
+def less(before: float, after: float) -> str:
+    """The change in words of a table: −61 %."""
+    if before == 0 or before == after:
+        return "±0 %"
+    change = round(100 * (after / before - 1))
+    return f"{'+' if change > 0 else '−'}{abs(change)} %"
+
+
+def count(value: int, noun: str) -> str:
+    return f"{value} {noun}" if value == 1 else f"{value} {noun}s"
+
+
+def number(value: int) -> str:
+    """With thin spaces between thousands."""
+    return f"{value:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
