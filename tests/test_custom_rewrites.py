@@ -185,6 +185,31 @@ def test_grouped_heads_sinks_and_a_mask_come_as_declared() -> None:
     assert seen == [(B, S, 4, D), (B, T, 2, D), (B, T, 2, E), (B, 1, S, T), (4,)]
 
 
+ALONE: dict[str, tuple[tuple[int, int, int], Callable[..., Tensor]]] = {
+    "one batch": (
+        (1, 4, 2),
+        lambda q, k, v, m: (q @ k.repeat_interleave(2, 1).mT + m).softmax(-1) @ v.repeat_interleave(2, 1),
+    ),
+    "one head": ((3, 1, 1), lambda q, k, v, m: (q @ k.mT + m).softmax(-1) @ v),
+    "one key head": ((3, 4, 1), lambda q, k, v, m: (q @ k.mT + m).softmax(-1) @ v),
+}
+
+
+@pytest.mark.parametrize("what", ALONE)
+def test_batch_and_heads_keep_their_names_where_one_of_them_is_one(what: str) -> None:
+    def pattern(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return (q @ k.mT + mask).softmax(-1) @ v
+
+    (batch, heads, key_heads), function = ALONE[what]
+    example = {**QKV, "mask": "B 1 S T"}
+    latent.replace(
+        "mine", pattern, pattern, example=example, benefit=always, where=lambda d: (batch, heads) == (d.B, d.H)
+    )
+    inputs = qkv((batch, heads, S, D), (batch, key_heads, T, D), (batch, key_heads, T, E), (batch, 1, S, T))
+    found = outcome("mine", function, *inputs)
+    assert found.verdict.outcome == "applied" and found.error < 1e-5, found.verdict.reason
+
+
 def test_a_causal_pattern_matches_masks_that_are_proven_causal() -> None:
     def pattern(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         future = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1)
