@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import runpy
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -386,6 +387,13 @@ def test_a_wrong_gradient_is_found() -> None:
     replace_capped(lambda q, k, v, cap, scale: capped(q, k.detach(), v, cap, scale))
     with pytest.raises(latent.testing.RewriteCheckFailed, match="the gradient of k is off"):
         latent.testing.check_rewrite("mine", examples=5)
+
+
+def test_without_hypothesis_the_check_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "hypothesis", None)
+    rule = replace_capped()
+    with pytest.raises(ImportError, match="pip install hypothesis"):
+        latent.testing.check_rewrite(rule)
 
 
 def test_a_class_declares_its_examples() -> None:
