@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import runpy
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,31 @@ def test_grouped_heads_sinks_and_a_mask_come_as_declared() -> None:
     assert seen == [(B, S, 4, D), (B, T, 2, D), (B, T, 2, E), (B, 1, S, T), (4,)]
 
 
+ALONE: dict[str, tuple[tuple[int, int, int], Callable[..., Tensor]]] = {
+    "one batch": (
+        (1, 4, 2),
+        lambda q, k, v, m: (q @ k.repeat_interleave(2, 1).mT + m).softmax(-1) @ v.repeat_interleave(2, 1),
+    ),
+    "one head": ((3, 1, 1), lambda q, k, v, m: (q @ k.mT + m).softmax(-1) @ v),
+    "one key head": ((3, 4, 1), lambda q, k, v, m: (q @ k.mT + m).softmax(-1) @ v),
+}
+
+
+@pytest.mark.parametrize("what", ALONE)
+def test_batch_and_heads_keep_their_names_where_one_of_them_is_one(what: str) -> None:
+    def pattern(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return (q @ k.mT + mask).softmax(-1) @ v
+
+    (batch, heads, key_heads), function = ALONE[what]
+    example = {**QKV, "mask": "B 1 S T"}
+    latent.replace(
+        "mine", pattern, pattern, example=example, benefit=always, where=lambda d: (batch, heads) == (d.B, d.H)
+    )
+    inputs = qkv((batch, heads, S, D), (batch, key_heads, T, D), (batch, key_heads, T, E), (batch, 1, S, T))
+    found = outcome("mine", function, *inputs)
+    assert found.verdict.outcome == "applied" and found.error < 1e-5, found.verdict.reason
+
+
 def test_a_causal_pattern_matches_masks_that_are_proven_causal() -> None:
     def pattern(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         future = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1)
@@ -361,6 +387,13 @@ def test_a_wrong_gradient_is_found() -> None:
     replace_capped(lambda q, k, v, cap, scale: capped(q, k.detach(), v, cap, scale))
     with pytest.raises(latent.testing.RewriteCheckFailed, match="the gradient of k is off"):
         latent.testing.check_rewrite("mine", examples=5)
+
+
+def test_without_hypothesis_the_check_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "hypothesis", None)
+    rule = replace_capped()
+    with pytest.raises(ImportError, match="pip install hypothesis"):
+        latent.testing.check_rewrite(rule)
 
 
 def test_a_class_declares_its_examples() -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import io
 import os
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -232,6 +236,19 @@ def test_a_rotation_and_a_cache_write_show_where_keys_come_from(register: Callab
     assert query == "q ← rope(half, 16) ← linear q 64→64 (4 heads × 16)"
     assert key == "k ← cache(static, dim 2) ← rope(half, 16) ← linear k 64→64"
     assert value == "v ← cache(static, dim 2) ← linear v 64→64 (4 heads × 16)"
+
+
+def test_the_example_mends_a_near_miss_in_fifteen_lines() -> None:
+    path = Path(__file__).parent.parent / "examples" / "custom_spelling.py"
+    (pattern,) = (n for n in ast.parse(path.read_text()).body if getattr(n, "name", "") == "read_soft_clip")
+    assert pattern.end_lineno - pattern.lineno + 2 <= 15  # with the line that registers it
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        names = runpy.run_path(str(path), run_name="__main__")
+    unregister_pattern(names["read_soft_clip"])
+    before, after = output.getvalue().split("with the pattern")
+    assert "attention   0 sites" in before and "near miss   1" in before
+    assert "30 tanh(" in after and "✓ fuse_attention        applied  1 of 1" in after
 
 
 # ** a package of a third party **

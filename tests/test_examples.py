@@ -30,7 +30,10 @@ def run(path):
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_run(path):
-    assert "attention   " in run(path)
+    output = run(path)
+    assert "attention   " in output
+    for what, number in re.findall(r"from (eager|the model as it is|the edit made by hand): +(\S+)", output):
+        assert float(number) > 1e-2 if what == "the model as it is" else float(number) < 1e-5
 
 
 def test_the_report_in_the_readme_is_the_quickstarts():

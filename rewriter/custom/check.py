@@ -206,6 +206,7 @@ def _check_symbolic(entry: RewriteEntry, draw: Draw, names: tuple[str, ...], ran
 
 def _text(entry: RewriteEntry, draw: Draw, reason: str) -> str:
     lines = [f"{entry.name} is wrong at   {draw}   (the smallest found)", f"  {reason}"]
-    if isinstance(entry.rule, Replacement) and entry.rule.where is not None:
+    admitted = isinstance(entry.rule, Replacement) and entry.rule.where is not None and not reason.startswith("refused")
+    if admitted:
         lines.append(f"  where: {text_of(entry.rule.where)}   holds there, so it admits what the replacement cannot do")
     return "\n".join(lines)

@@ -68,7 +68,8 @@ def _axes(pattern: Pattern, form: PlainForm) -> dict[str, Dim]:
     if repeated and repeated != set(site.axes.groups):
         raise Differs("some of the heads that share keys are repeated and some are not", site.key.node, 0)
     axes = site.axes
-    batch, heads, groups = axes.batch, axes.heads, axes.groups
+    batch, heads = _outer(site)
+    groups = axes.groups
     if "g" not in own:
         heads, groups = heads + groups, ()
     if "h" not in own:
@@ -91,6 +92,18 @@ def _axes(pattern: Pattern, form: PlainForm) -> dict[str, Dim]:
     }
 
 
+def _outer(site: AttentionSite) -> tuple[Dim, Dim]:
+    """Batch and key heads. Where one axis alone is left of both, its place says which of the two has size 1."""
+    axes = site.axes
+    shared = axes.batch + axes.heads
+    layout = site.space.resolve_layout(site.output_layout)
+    if len(shared) != 1 or len(layout) < 4:
+        return axes.batch, axes.heads
+    place = next(i for i, dim in enumerate(layout) if shared[0] in dim)
+    beside_groups = bool(set(layout[place]) & set(axes.groups))
+    return (shared, ()) if place == 0 and not beside_groups else ((), shared)
+
+
 def _compare_masks(pattern: Pattern, form: PlainForm) -> tuple[fx.Node, ...]:
     """-> the tensors whose proof the match relies on."""
     site = form.site
@@ -106,7 +119,8 @@ def _compare_masks(pattern: Pattern, form: PlainForm) -> tuple[fx.Node, ...]:
             "differs at the mask: the pattern adds one, the site has none; declare it with | None", site.anchor, 2
         )
     (slot,) = (slot for slot in pattern.slots.values() if slot.kind == "mask")
-    names = {**{a: "head" for a in site.axes.heads + site.axes.groups}, **{a: "batch" for a in site.axes.batch}}
+    batch, heads = _outer(site)
+    names = {**{a: "head" for a in heads + site.axes.groups}, **{a: "batch" for a in batch}}
     for step in form.scores.masks:
         varying = site.space.axes(step.layout) if isinstance(step, Bias | Fill) else frozenset()
         for axis in varying & set(names):
