@@ -146,7 +146,9 @@ def trace_artifacts(report: GraphReport) -> None:
     emit_trace_artifact("latent_report", render(report))
 
 
-def write_dump(root: Path, report: Report, graphs: Sequence[Recorded], choices: Choices, run: Run) -> Folder:
+def write_dump(
+    root: Path, report: Report, graphs: Sequence[Recorded], choices: Choices, run: Run | None = None
+) -> Folder:
     """All graphs of one run. What an earlier dump left in the folder goes. Raises DumpError."""
     folder = Folder(root)
     files: dict[str, Content] = {}
@@ -155,7 +157,8 @@ def write_dump(root: Path, report: Report, graphs: Sequence[Recorded], choices: 
         files |= {f"{here}/{name}": content for name, content in graph_files(recorded, choices).items()}
     files["index.md"] = describe_graphs([(folder_of(r.report.name), headline(r.report)) for r in graphs])
     files["report.json"] = report.to_json() + "\n"
-    files["run.json"] = _json(dataclasses.asdict(run))
+    if run is not None:
+        files["run.json"] = _json(dataclasses.asdict(run))
     folder.replace("", files)
     return folder
 
