@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .report import GraphReport, MissReport, Report, SiteReport
     from .rules import Verdict
 
-__all__ = ["MARKS", "collapse", "grouped", "hanging", "render", "render_report"]
+__all__ = ["MARKS", "collapse", "grouped", "render", "render_report"]
 
 Item = TypeVar("Item")
 Block = tuple[str, ...]
@@ -69,7 +69,7 @@ def _sites(sites: Sequence[SiteReport]) -> Iterator[Block]:
     places = [collapse([site.path for site in same]) or "the model itself" for same in groups]
     width = max(map(len, places), default=0)
     for place, (site, *_) in zip(places, groups, strict=True):
-        origins = [line for origin in site.origins for line in hanging("  ", origin)]
+        origins = [line for origin in site.origins for line in _hanging("  ", origin)]
         yield f"{place:<{width}}   {site.line}", f"  {site.equation}", f"  {_shape(site)}", *origins
 
 
@@ -94,7 +94,7 @@ def _verdicts(verdicts: Sequence[Verdict]) -> Iterator[Block]:
         v = same[0]
         text = f"{MARKS[v.outcome]} {v.rewrite:<{name}}  {v.outcome:<{outcome}}  {count:>{number}}   "
         detail = _detail(same)
-        yield tuple(hanging(text, detail)) if detail else (text.rstrip(),)
+        yield tuple(_hanging(text, detail)) if detail else (text.rstrip(),)
 
 
 def _detail(same: Sequence[Verdict]) -> str:
@@ -116,7 +116,7 @@ def _misses(misses: Sequence[MissReport], code: bool = True) -> Iterator[Block]:
         lines = [f"{place}   {miss.line}"]
         if code and miss.code:
             lines.append("    " + textwrap.shorten(miss.code, WIDTH - 4, placeholder=" …"))
-        yield tuple(lines + hanging("  → " if code else "  ", miss.reason)[:7])
+        yield tuple(lines + _hanging("  → " if code else "  ", miss.reason)[:7])
 
 
 def _summary(report: Report) -> str:
@@ -131,7 +131,7 @@ def _breaks(report: Report) -> Iterator[str]:
     for same in grouped(report.breaks or (), lambda b: b):
         place = " ".join(filter(None, [same[0].line, same[0].code]))
         yield f"  graph break{_times(same)}   {place}".rstrip()
-        yield from hanging("    → ", same[0].reason)[:4]
+        yield from _hanging("    → ", same[0].reason)[:4]
 
 
 # ** pieces of text **
@@ -177,7 +177,7 @@ def grouped(items: Iterable[Item], key: Callable[[Item], Hashable]) -> list[list
     return list(groups.values())
 
 
-def hanging(start: str, text: str) -> list[str]:
+def _hanging(start: str, text: str) -> list[str]:
     """`text` behind `start`, further lines below its beginning."""
     width = max(WIDTH, len(start) + 40)
     return textwrap.wrap(text, width, initial_indent=start, subsequent_indent=" " * len(start)) or [start.rstrip()]
