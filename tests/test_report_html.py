@@ -16,7 +16,7 @@ from latent.rewriter.environment import Run
 from latent.rewriter.explain import record
 from latent.rewriter.page.reading import Material, of_recorded, read_dump, report_of
 from latent.rewriter.page.render import MissingJinja, render
-from latent.rewriter.report import Break, GraphReport, Report
+from latent.rewriter.report import Break, Report
 from torch import nn
 from typer.testing import CliRunner
 
@@ -201,13 +201,29 @@ def test_no_attention():
     assert page.all("div", "verdict quiet") and not page.all("table", "sites") and not page.all("span", "cell")
 
 
-def test_a_failed_compilation_and_nothing_compiled():
-    failed = GraphReport("graph 0 [0/0]", 12, (), (), (), failure="normal form: RuntimeError: <no such operator>")
-    page = Page(render(Material(Report((failed,), ()), RUN)))
+def test_a_failed_compilation_and_nothing_compiled(monkeypatch):
+    def fail(graph):
+        raise RuntimeError("<no such operator>")
+
+    monkeypatch.setattr("latent.rewriter.backend.normalise", fail)
+    page = Page(render(material(Model(1).eval(), torch.randn(2, 10, 16))[0]))
     assert "could not read this model (the stage “normal form” failed)" in page.texts("p", "sentence")[0]
     assert any("RuntimeError: <no such operator>" in text for text in page.texts("div", "verdict bad"))
     empty = Page(render(Material(Report(()), RUN)))
     assert empty.texts("p", "sentence")[0].startswith("Nothing was compiled")
+
+
+def test_many_graphs_and_large_kernels_stay_small(four):
+    made, report, _ = four
+    graphs = tuple(dataclasses.replace(report.graphs[0], name=f"graph {n} [{n}/0]") for n in range(40))
+    graph = made.graphs[report.graphs[0].name]
+    graph = dataclasses.replace(graph, kernels={"large.cpp": "<" * 1_000_000})
+    text = render(Material(Report(graphs), RUN, {each.name: graph for each in graphs}))
+    page = Page(text)
+    assert len(page.all("h2")) == 8 + 2 and any("32 more graphs" in p for p in page.texts("p"))
+    assert any("graph 39 [39/0]" in table for table in page.texts("table"))
+    assert any(text.startswith("1000000 characters are left out here") for text in page.texts("pre"))
+    assert len(text.encode()) < LIMIT
 
 
 def test_recompilations_and_breaks(four):
