@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from .rewriter.registry import pattern, rewrite
 
 if TYPE_CHECKING:
+    from .rewriter.custom import check as testing
+    from .rewriter.custom.replacement import replace
     from .rewriter.explain import check, explain
     from .rewriter.history import reports
     from .rewriter.options import ExpectationFailed, OptionError
@@ -24,8 +26,10 @@ __all__ = [
     "explain",
     "invalidate",
     "pattern",
+    "replace",
     "reports",
     "rewrite",
+    "testing",
 ]
 
 # Imported when first used: they need torch, and `latent --help` does not.
@@ -36,11 +40,14 @@ _LATER = {
     "check": ".rewriter.explain",
     "explain": ".rewriter.explain",
     "invalidate": ".rewriter.prologue",
+    "replace": ".rewriter.custom.replacement",
     "reports": ".rewriter.history",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "testing":
+        return import_module(".rewriter.custom.check", __name__)
     if name not in _LATER:
         raise AttributeError(f"module 'latent' has no attribute {name!r}")
     return getattr(import_module(_LATER[name], __name__), name)

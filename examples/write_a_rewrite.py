@@ -5,12 +5,20 @@ The rewrite is judged, certified against the nodes it replaces, and reported lik
 
 import latent
 import torch
-from latent.rewriter.axes import size_of
-from latent.rewriter.canonical import Canonical, place, width_of
-from latent.rewriter.emit import Emitter
-from latent.rewriter.rules import Benefit, Cost, Match, Refusal
-from latent.rewriter.score_form import ScoreForm, score_form
-from latent.rewriter.sites import AttentionSite
+from latent.rewriter.authoring import (
+    AttentionSite,
+    Benefit,
+    Canonical,
+    Cost,
+    Emitter,
+    Match,
+    Refusal,
+    ScoreForm,
+    place,
+    score_form,
+    size_of,
+    width_of,
+)
 from torch import Tensor, fx
 
 

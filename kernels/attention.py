@@ -92,6 +92,25 @@ def padded_values(
     return out_BHSD[..., :E]
 
 
+def scaled_queries(
+    query_BHSD: Tensor,
+    key_BKTD: Tensor,
+    value_BKTE: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    cap: float,
+    causal: bool,
+    window: int,
+    grouped: bool,
+) -> Tensor:
+    """The kernel, when the scale is a symbol: kernels take numbers, so it goes into the queries."""
+    query_BHSD = query_BHSD * scale
+    given = (query_BHSD, None, key_BKTD, None, value_BKTE, mask, sinks, 1.0, cap, causal, window, 0)
+    result: Tensor = torch.ops.latent.generated_attention(*given)
+    return result
+
+
 @lowering("latent::attention")
 def choose(node: fx.Node, gradients: bool) -> tuple[LibraryCall | Callable[..., Tensor] | None, str]:
     """The form for one node and the reason in words."""
@@ -101,9 +120,11 @@ def choose(node: fx.Node, gradients: bool) -> tuple[LibraryCall | Callable[..., 
     device = node.meta["val"].device.type
     special = sinks is not None or bool(cap or window)
     dtype = node.meta["val"].dtype
-    fixed = isinstance(D, int) and isinstance(E, int) and not isinstance(scale, fx.Node)
+    fixed = isinstance(D, int) and isinstance(E, int)
     possible = fixed and not gradients and dtype in DTYPES and not unavailable(device)
     if possible and (reason := _worth_a_kernel(S, special, device, dtype)):
+        if isinstance(scale, fx.Node):
+            return scaled_queries, f"generated kernel: {reason}"
         scale = D**-0.5 if scale is None else scale
         given = (query_node, None, key_node, None, value_node, mask, sinks, scale, cap, causal, window, 0)
         return LibraryCall(torch.ops.latent.generated_attention.default, given, {}), f"generated kernel: {reason}"

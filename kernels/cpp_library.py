@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..rewriter.compat import tiles_permitted
 from . import store
 from .cpp_source import ISAS, Isa, source
 from .spec import Call, KernelSpec, digest
@@ -34,7 +35,11 @@ def compiler() -> str | None:
 def isa() -> Isa:
     """The best instruction set of this CPU, or the one that LATENT_ISA names if the CPU has it."""
     capabilities = torch.cpu.get_capabilities()
-    possible = [level for level in ISAS if all(capabilities.get(need, False) for need in level.needs)]
+    possible = [
+        level
+        for level in ISAS
+        if all(capabilities.get(need, False) for need in level.needs) and (not level.tiles or tiles_permitted())
+    ]
     wanted = os.environ.get("LATENT_ISA")
     if not wanted:
         return possible[0]

@@ -24,6 +24,8 @@ class Isa(NamedTuple):
     """Vector registers: what the register tiles are made for."""
     bf16_dot: bool = False
     """Products of pairs of bfloat16, by an instruction if the flags have one and by two products otherwise."""
+    tiles: bool = False
+    """Products of 16 by 16 pairs of bfloat16."""
     flags: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     """Names in torch.cpu.get_capabilities()."""
@@ -34,9 +36,12 @@ _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mpre
 _AVX512_NEEDS = ("avx2", "fma3", "f16c", "avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
 
 ISAS = (
-    Isa("avx512_bf16", 16, 32, True, (*_AVX512, "-mavx512bf16"), (*_AVX512_NEEDS, "avx512_bf16")),
-    Isa("avx512", 16, 32, False, _AVX512, _AVX512_NEEDS),
-    Isa("avx2", 8, 16, False, _AVX2, ("avx2", "fma3", "f16c")),
+    Isa(
+        "amx_bf16", 16, 32, True, True, (*_AVX512, "-mamx-tile", "-mamx-bf16"), (*_AVX512_NEEDS, "amx_tile", "amx_bf16")
+    ),
+    Isa("avx512_bf16", 16, 32, True, False, (*_AVX512, "-mavx512bf16"), (*_AVX512_NEEDS, "avx512_bf16")),
+    Isa("avx512", 16, 32, False, False, _AVX512, _AVX512_NEEDS),
+    Isa("avx2", 8, 16, False, False, _AVX2, ("avx2", "fma3", "f16c")),
     Isa("portable", 4, 16),
 )
 """Best first."""
@@ -88,9 +93,11 @@ constexpr bool BF16_DOT = $bf16_dot;
 using Operand = $operand;           // a float, or a pair of bfloat16
 constexpr int STEP = $step;              // products in one operand
 constexpr int KEY_STEPS = $key_steps;
+constexpr int QUERY_STEPS = $query_steps;     // KEY_STEPS in whole tiles
 constexpr int STEPS_IN_L1 = $steps_in_l1;     // of a group of queries
 constexpr int VALUE_STEPS = BLOCK / STEP;
-constexpr int OUT_ROWS = $out_rows;       // VALUE_WIDTH in whole register tiles
+constexpr int COLUMNS = $columns;        // of a packed row of values
+constexpr int OUT_ROWS = $out_rows;       // COLUMNS in whole register tiles
 constexpr int OUT_STRIDE = $out_stride;
 constexpr int KEY_STRIDE = $key_stride;     // no multiple of the cache's sets
 constexpr int VALUE_STRIDE = $value_stride;
@@ -103,24 +110,38 @@ _INTRINSICS = """\
 #endif
 """
 
-_PARTS = ("vectors.h", "call.h", "many_rows.h", "few_rows.h", "entry.h")
+_PARTS = ("vectors.h", "call.h", "many_rows.h", "by_vectors.h", "few_rows.h", "entry.h")
 
 
 def source(spec: KernelSpec, isa: Isa) -> str:
     """The whole text. Equal specifications and instruction sets have equal texts."""
-    parts = ((Path(__file__).parent / "cpp" / part).read_text("utf-8") for part in _PARTS)
+    names = ["by_tiles.h" if name == "by_vectors.h" and _by_tiles(spec, isa) else name for name in _PARTS]
+    parts = ((Path(__file__).parent / "cpp" / name).read_text("utf-8") for name in names)
     return "\n".join((_CONSTANTS.substitute(_constants(spec, isa)), *parts))
+
+
+def _by_dots(spec: KernelSpec, isa: Isa) -> bool:
+    return isa.bf16_dot and spec.dtype == torch.bfloat16 and spec.width % 2 == 0 and spec.rope_width % 2 == 0
+
+
+def _by_tiles(spec: KernelSpec, isa: Isa) -> bool:
+    return isa.tiles and _by_dots(spec, isa)
 
 
 def _constants(spec: KernelSpec, isa: Isa) -> dict[str, object]:
     widths = spec.width + spec.rope_width
-    dot = isa.bf16_dot and spec.dtype == torch.bfloat16 and spec.width % 2 == 0 and spec.rope_width % 2 == 0
+    dot, tiles = _by_dots(spec, isa), _by_tiles(spec, isa)
     latent = spec.value_width is None
     steps = widths // 2 if dot else widths
-    i_of_one, i_of_two = 12, 12 if isa.registers >= 32 else 6
-    out_rows = _up(spec.out_width, i_of_one)
-    key_stride = _up(max(steps, out_rows if latent else 0), 16) + 16
-    wide = widths >= 256
+    i_of_one, i_of_two = (16, 12) if isa.registers >= 32 else (12, 6)
+    columns = _up(spec.out_width, 2 * isa.lanes) if dot else spec.out_width
+    if tiles:
+        query_steps, out_rows = _up(steps, 16), columns
+        tile, block = 128, 64
+    else:
+        query_steps, out_rows = steps, max(_up(columns, i) for i in (i_of_one, i_of_two))
+        tile, block = (32, 48) if widths >= 256 else (64, 96)
+    key_stride = _up(max(query_steps, out_rows if latent and not dot else 0), 16) + 16
     product = "q·k + q_rope·k_rope" if spec.rope_width else "q·k"
     scores = f"scale · ({product})"
     if spec.capped:
@@ -146,15 +167,17 @@ def _constants(spec: KernelSpec, isa: Isa) -> dict[str, object]:
         "totals": _bool(spec.totals),
         "out": "float" if spec.totals else _ELEMENT[spec.dtype],
         "lanes": isa.lanes,
-        "tile": 32 if wide else 64,
-        "block": 48 if wide else 96,
+        "tile": tile,
+        "block": block,
         "i_of_one": i_of_one,
         "i_of_two": i_of_two,
         "bf16_dot": _bool(dot),
         "operand": "uint32_t" if dot else "float",
         "step": 2 if dot else 1,
         "key_steps": steps,
+        "query_steps": query_steps,
         "steps_in_l1": -(-steps // -(-steps // 256)),
+        "columns": columns,
         "out_rows": out_rows,
         "out_stride": _up(spec.out_width, isa.lanes),
         "key_stride": key_stride,

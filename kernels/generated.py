@@ -71,7 +71,7 @@ def reference(call: Call) -> Tensor:
     weights = F.softmax(scores, -1)[..., :T]
     weights = weights.masked_fill((scores[..., :T] == float("-inf")).all(-1, keepdim=True), 0.0)
     if call.totals:
-        return torch.cat((product(weights, value), torch.logsumexp(scores, -1, keepdim=True)), -1).to(torch.float32)
+        return torch.cat((product(weights, value), torch.logsumexp(scores, -1, keepdim=True)), -1)
     return product(weights, value).to(query.dtype)
 
 

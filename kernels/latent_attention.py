@@ -101,13 +101,23 @@ def absorbed(call: LatentCall, core: Core) -> Tensor:
             call.causal,
             call.window,
             0,
+            totals=call.value_bias is not None,
         )
     )
-    out = _per_head(attended, call.up_value.transpose(1, 2))
+    up_value = call.up_value.transpose(1, 2)
     if call.value_bias is None:
-        return out
+        return _per_head(attended, up_value)
+    attended, total = attended[..., :-1].to(query.dtype), attended[..., -1:]
+    out = _per_head(attended, up_value)
     bias_HE = call.value_bias.repeat_interleave(out.shape[1] // call.value_bias.shape[0], 0)
-    return out + bias_HE[:, None]
+    return out + (bias_HE[:, None] * _weight_of_keys(total, call.sinks)).to(out.dtype)
+
+
+def _weight_of_keys(total_BHS1: Tensor, sinks_H: Tensor | None) -> Tensor:
+    """What the weights of a row sum to, given the log of its sum: 1, less the sink's share; 0 without any key."""
+    if sinks_H is None:
+        return (total_BHS1 > float("-inf")).to(total_BHS1.dtype)
+    return -torch.expm1(sinks_H.view(1, -1, 1, 1) - total_BHS1)
 
 
 def _rope_as_bias(call: LatentCall) -> Tensor:

@@ -193,8 +193,8 @@ def _unfit(plan: Plan) -> Refusal | None:
             return Refusal("the latents vary over something else than batch, heads and keys", part.latent.node)
     if plan.key is not None and plan.key.bias is not None and (scores.sinks or scores.cap):
         return Refusal("the keys have a bias, which only a plain softmax ignores", plan.key.bias)
-    if plan.value is not None and plan.value.bias is not None and scores.sinks:
-        return Refusal("the values have a bias, and with sinks the weights do not sum to one", plan.value.bias)
+    if plan.key is None and plan.value is not None and plan.value.bias is not None and _may_weigh_less(plan):
+        return Refusal("the values have a bias, and the weights of a row may not sum to one", plan.value.bias)
     if plan.key is not None and plan.value is not None:
         if plan.key.heads(site) != plan.value.heads(site) or plan.latent_heads(plan.key) != plan.latent_heads(
             plan.value
@@ -220,6 +220,12 @@ def _reads(plan: Plan) -> tuple[tuple[fx.Node, fx.Node], ...]:
     """The tensors that the replacement reads, and where they were read before."""
     parts = [(node, part.contraction) for part in plan.parts for node in (part.latent.node, part.weight, part.bias)]
     return tuple((n, at) for n, at in parts if n is not None) + tuple((w.end, w.reader) for _, w in plan.rest)
+
+
+def _may_weigh_less(plan: Plan) -> bool:
+    """Whether rows give weight to a sink, or may see no key."""
+    call = plan.site.call
+    return bool(plan.scores.sinks) or (call is not None and (call.mask is not None or bool(call.window)))
 
 
 # ** build **

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from torch import fx
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, fx
 
 from .. import rewrite
 from ..kernels import attention as _attention  # noqa: F401  # defines latent::attention
@@ -23,9 +26,17 @@ from ..rewriter.score_form import Unusual, score_form
 from ..rewriter.sites import AttentionSite
 
 
+def repeated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 @rewrite("fold_repeated_heads", exact=True, after=("fuse_attention",))
 class FoldRepeatedHeads:
     """attention(q[b (h g) i d], k[b h j d] repeated g times, v alike)  ->  attention(q, k, v) over groups of g."""
+
+    examples = ((repeated, dict(q="B (K G) S D", k="B K T D", v="B K T E")),)
+    example_sizes: ClassVar = {"K": (2, 4), "G": (2, 4)}
 
     def match(self, site: AttentionSite) -> Match | Refusal:
         call = site.call

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-from torch import fx
+from torch import Tensor, fx
 
 from .. import rewrite
 from ..kernels import attention as _attention  # noqa: F401  # defines latent::attention
@@ -11,6 +10,7 @@ from ..rewriter.axes import size_of
 from ..rewriter.canonical import (
     Canonical,
     Scoring,
+    computed_in,
     emit_attention,
     emit_mask,
     emit_query_key,
@@ -25,9 +25,15 @@ from ..rewriter.score_form import Unusual, readable_sinks, score_form, unusual_w
 from ..rewriter.sites import AttentionSite
 
 
+def spelled_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return (q @ k.mT * 0.5 + mask).softmax(-1) @ v
+
+
 @rewrite("fuse_attention", exact=True)
 class FuseAttention:
     """softmax(scale · q kᵀ + mask) v  ->  attention(q, k, v, mask, scale)."""
+
+    examples = ((spelled_out, dict(q="B H S D", k="B H T D", v="B H T E", mask="B 1 S T")),)
 
     def match(self, site: AttentionSite) -> Match | Refusal:
         if site.call is not None:
@@ -42,7 +48,7 @@ class FuseAttention:
         repeated = groups_repeated(site)
         if repeated and repeated != set(site.axes.groups):
             return Refusal("some of the heads that share keys are repeated and some are not", site.key.node)
-        if not _computes(site).is_floating_point:
+        if not computed_in(site).is_floating_point:
             return Refusal("the scores are not floating point numbers", site.anchor)
         return Match(site, {"scores": scores, "folded": not repeated})
 
@@ -52,7 +58,7 @@ class FuseAttention:
         axes = site.axes
         outer = size_of(axes.batch + axes.heads + axes.groups)
         S, T, D, E = (size_of(d) for d in (axes.queries, axes.keys, width_of(site), axes.value_width))
-        item = _computes(site).itemsize
+        item = computed_in(site).itemsize
         flops = 2 * outer * S * T * (D + E)
         ends = item * outer * (S * (D + E) + T * (D + E))
         passes = 2 + len(site.steps) + len(site.weight_steps)
@@ -61,15 +67,9 @@ class FuseAttention:
     def build(self, match: Match, emit: Emitter) -> fx.Node:
         site, scores = match.site, match.facts["scores"]
         form = Canonical(site, match.facts["folded"])
-        dtype = _computes(site)
+        dtype = computed_in(site)
         query, key, scale = emit_query_key(emit, form, scores, dtype)
         mask, query = emit_mask(emit, form, scores, query)
         value = emit.cast(place(emit, site.value, form.columns(site.axes.value_width), site), dtype)
         scoring = Scoring(scale, mask, emit_sinks(emit, form, scores), scores.cap or 0.0)
         return emit_attention(emit, form, query, key, value, scoring)
-
-
-def _computes(site: AttentionSite) -> torch.dtype:
-    """The wider of the dtypes in which the two products are computed (autocast narrows them)."""
-    dtypes = [node.meta["val"].dtype for node in (site.region[0], site.output)]
-    return torch.promote_types(*dtypes)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from torch import fx
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
 
 from .. import rewrite
 from ..kernels import attention as _attention  # noqa: F401  # defines latent::attention
@@ -15,9 +19,17 @@ from ..rewriter.score_form import Unusual, score_form
 from ..rewriter.sites import AttentionSite
 
 
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+
+
 @rewrite("replace_proven_mask", exact=True, after=("fuse_attention", "fold_repeated_heads"))
 class ReplaceProvenMask:
     """attention(q, k, v, mask[i j] = 0 if j <= i else -inf)  ->  attention(q, k, v, causal)."""
+
+    examples = ((causal, dict(q="B H S D", k="B H T D", v="B H T E")),)
+    example_sizes: ClassVar = {"S": (2, 8), "T": (2, 8)}
 
     def match(self, site: AttentionSite) -> Match | Refusal:
         call = site.call

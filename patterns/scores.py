@@ -247,8 +247,8 @@ def changed(node: fx.Node, weights: fx.Node) -> WeightStep | None:
     if node.target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf) and _boolean(args_of(node)[0]):
         kept = args_of(node)[1] is weights
         return Rehidden(node, args_of(node)[0], not kept, read_fill(args_of(node)[2 if kept else 1]))
-    if node.target in _ADD | _SUB and args_of(node)[0] is weights:
-        return Changed(node, "something is added to the weights")
+    if node.target in _ADD | _SUB:
+        return Changed(node, "something is added to the weights after the softmax")
     if node.target in _DIV and args_of(node)[0] is weights:
         return Changed(node, "the weights are divided again after the softmax")
     return None

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ..rewriter.compat import source_name
 from ..rewriter.layouts import is_cast, is_tensor, layout_step, shape_of
+from ..rewriter.provenance import is_learned
 from ..rewriter.scalars import read_scalar
 
-__all__ = ["is_learned", "is_number", "uncast", "weight_origin"]
+__all__ = ["is_number", "uncast", "weight_origin"]
 
 LEAVES = 24
 """Nodes that the way from a parameter to a weight may have."""
@@ -30,14 +30,6 @@ def is_number(value: object) -> bool:
         return False
     example = value.meta.get("val")
     return isinstance(example, torch.SymFloat | torch.SymInt) or (is_tensor(value) and not shape_of(value))
-
-
-def is_learned(node: fx.Node) -> bool:
-    """A parameter or buffer of a module."""
-    if node.op == "placeholder":
-        source = source_name(node)
-        return "._parameters[" in source or "._buffers[" in source
-    return node.op == "get_attr"
 
 
 def weight_origin(node: fx.Node) -> tuple[fx.Node, bool] | None:

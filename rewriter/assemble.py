@@ -8,6 +8,7 @@ from torch import fx
 
 from .axes import Axis, AxisSpace, Dim, Layout
 from .layouts import is_cast, layout_step, shape_of
+from .near_misses import lost_weights
 from .nodes import args_of
 from .purity import is_pure
 from .roles import peel, resolved, roles_of
@@ -43,10 +44,10 @@ def softmax_site(
     keys = _key_axes(spelling, product, space)
     term = _term(product, keys, space, spelling.anchor)
     if not candidates:
-        raise Refused("the weights are never multiplied with values", spelling.weights, 1)
+        raise lost_weights(spelling.weights, readers)
     fitting = [c for c in candidates if _sums_over(c, keys, space)]
     if not fitting:
-        raise Refused(_wrong_axis(candidates[0], keys, space), candidates[0].contraction.node, 2)
+        raise Refused(_wrong_axis(candidates[0], keys, product.layout, space), candidates[0].contraction.node, 2)
     values = fitting[0]
     others = [c.contraction.node for c in candidates if c is not values]
     value, value_layout, output_layout = _value_operand(values, space)
@@ -175,16 +176,19 @@ def _sums_over(values: ValueProduct, keys: Dim, space: AxisSpace) -> bool:
     return _summed_axes(values, space) == space.axes((keys,))
 
 
-def _wrong_axis(values: ValueProduct, keys: Dim, space: AxisSpace) -> str:
-    keys = space.resolve(keys)
-    summed = _summed_axes(values, space)
+def _wrong_axis(values: ValueProduct, keys: Dim, scores: Layout, space: AxisSpace) -> str:
+    resolved = space.resolve_layout(scores)
 
     def text(axes: Iterable[Axis]) -> str:
-        return " and ".join(f"{axis.name!r} (size {axis.size})" for axis in axes) or "none"
+        """Axes as the dimensions of the scores that they are, else by name."""
+        dims = {axis: n - len(resolved) for n, dim in enumerate(resolved) for axis in dim if len(dim) == 1}
+        names = [f"axis {dims[a]}" if a in dims else f"axis {a.name!r} (size {a.size})" for a in axes]
+        return " and ".join(names) or "nothing"
 
+    summed = sorted(_summed_axes(values, space), key=lambda axis: axis.name)
     return (
-        f"the softmax normalises axis {text(keys)}, "
-        f"but the value product sums over {text(sorted(summed, key=lambda a: a.name))}"
+        f"the softmax normalises {text(space.resolve(keys))} of the scores, "
+        f"but the values are summed over {text(summed)}"
     )
 
 
@@ -253,9 +257,8 @@ def _weight_steps(
         if isinstance(step, Rehidden):
             again = root_of(step.condition)
             if step.value != 0.0 or not any(_computes_the_same(again, mask) for mask in masks):
-                raise Refused(
-                    "the weights are masked after the softmax, with another mask than before it", step.node, 2
-                )
+                before = "with another mask than before it" if masks else "and the scores before it are not"
+                raise Refused(f"the weights are masked after the softmax, {before}", step.node, 2)
             found.append(NanToZero(step.node))
         elif isinstance(step, Changed):
             raise Refused(step.reason, step.node, 2)

@@ -16,8 +16,9 @@ from typing import Any
 from torch import fx
 
 from . import history
+from .cache_key import is_cacheable, own_tag
 from .capture import capture, untouched_copy
-from .compat import DYNAMO_CONTROL_FLOW, compile_id, hand_to_inductor, list_mode_options, size_hints
+from .compat import DYNAMO_CONTROL_FLOW, cache_tag, compile_id, hand_to_inductor, list_mode_options, size_hints
 from .dump import Recorded, recorded_of, trace_artifacts, wants_stages, write_recorded
 from .expect import check_expectations
 from .lower import lower
@@ -81,13 +82,20 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Op
     """All stages in order. Raises StageFailed."""
     seconds: dict[str, float] = {}
     graph_module, report = transform(gm, example_inputs, options, seconds)
-    with stage("hoist", seconds):
-        hoisted = hoist(graph_module, example_inputs)
     check_expectations(report, options.expect)
-    with stage("inductor", {}):
-        compiled = finish(hoisted.gm, [*example_inputs, *hoisted.extra_inputs], options)
+    compiled = compile_transformed(graph_module, example_inputs, options, seconds)
     history.remember(report)
-    return hoisted.wrap(compiled)
+    return compiled
+
+
+def compile_transformed(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, seconds: dict[str, float]
+) -> Compiled:
+    """What comes after the rewrites: work on weights is hoisted, the rest compiled. Raises StageFailed."""
+    with stage("hoist", seconds):
+        hoisted = hoist(gm, example_inputs)
+    with stage("inductor", {}):
+        return hoisted.wrap(finish(hoisted.gm, [*example_inputs, *hoisted.extra_inputs], options))
 
 
 def transform(
@@ -96,10 +104,12 @@ def transform(
     options: Options,
     seconds: dict[str, float],
     keep: Callable[[Recorded], None] | None = None,
+    bodies: bool = False,
 ) -> tuple[fx.GraphModule, GraphReport]:
     """From Dynamo's graph to plain ATen with every rewrite applied, and the report about it. Raises StageFailed.
 
-    `keep` is given all stages.
+    `keep` is given all stages. With `bodies` the operators that rewrites put in become their own definitions and no
+    kernels.
     """
     name = _name()
     recorder = None
@@ -131,7 +141,7 @@ def transform(
         check_normal_form(normal, contract)
     record("rewritten", normal)
     with stage("lower", seconds):
-        lowered = lower(normal)
+        lowered = lower(normal, bodies)
         remove_dead_code(normal)
     record("lowered", normal)
     report = GraphReport(
@@ -157,7 +167,11 @@ def finish(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) 
     """Hand a graph to inductor, or run it as it is."""
     if options.inner == "eager":
         return gm.forward
-    return hand_to_inductor(gm, example_inputs, {**list_mode_options(options.mode), **options.inductor})
+    patches = {**list_mode_options(options.mode), **options.inductor}
+    if not is_cacheable(gm):
+        patches["fx_graph_cache"] = False
+    with cache_tag(own_tag()):
+        return hand_to_inductor(gm, example_inputs, patches)
 
 
 @contextmanager

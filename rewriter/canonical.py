@@ -50,6 +50,12 @@ def width_of(site: AttentionSite, term: int = 0) -> Dim:
     return tuple(axis for axis in flat(key) if axis in in_query and axis not in outer)
 
 
+def computed_in(site: AttentionSite) -> torch.dtype:
+    """The wider of the dtypes in which the two products are computed (autocast narrows them)."""
+    dtypes = [node.meta["val"].dtype for node in (site.region[0], site.output)]
+    return torch.promote_types(*dtypes)
+
+
 def groups_repeated(site: AttentionSite) -> set[Axis]:
     """Group axes that keys or values hold as repetitions."""
     space = site.space

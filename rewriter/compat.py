@@ -16,13 +16,19 @@ from typing import Any
 
 import sympy
 import torch
+import torch.compiler.config
 from torch import fx
 from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame  # 2.13
 from torch._dynamo.source import ConstantSource  # 2.13
 from torch._guards import Source  # 2.13
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # 2.13
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+    free_unbacked_symbols,
+)
 from torch.fx.experimental.symbolic_shapes import statically_known_true as _known_true
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -36,6 +42,7 @@ __all__ = [
     "add_input",
     "adopt_constants",
     "autocast_switch",
+    "cache_tag",
     "checkpoint_body",
     "compile_id",
     "copy_module_facts",
@@ -44,15 +51,19 @@ __all__ = [
     "emit_trace_artifact",
     "expr_of",
     "fake_mode_of",
+    "fake_of_shape",
     "fqn_of",
+    "hand_to_aot",
     "hand_to_inductor",
     "inductor_modes",
     "inductor_options",
     "inference_switch",
+    "is_opened_while_compiling",
     "is_static_input",
     "list_mode_options",
     "new_unbacked_symbols",
     "random_ops_kept",
+    "real_tensors_allowed",
     "set_checkpoint_policy",
     "size_hints",
     "source_name",
@@ -60,6 +71,7 @@ __all__ = [
     "storage_of",
     "switches_mode",
     "symbolic_functions",
+    "symint_of",
     "trace_enabled",
     "trace_pre_dispatch",
 ]
@@ -93,6 +105,16 @@ def fake_mode_for(values: Sequence[object]) -> FakeTensorMode:
     return FakeTensorMode(shape_env=env or ShapeEnv(), allow_non_fake_inputs=True)
 
 
+def fake_of_shape(mode: FakeTensorMode, shape: Sequence[int], symbolic: Sequence[bool]) -> torch.Tensor:
+    """A fake float32 tensor on the CPU, some of whose dimensions are symbolic."""
+    if not any(symbolic):
+        with mode:
+            return torch.empty(shape)
+    dims = [DimDynamic.DUCK if one else DimDynamic.STATIC for one in symbolic]
+    context: Any = StatelessSymbolicContext(dynamic_sizes=dims)  # 2.13
+    return mode.from_tensor(torch.empty(shape), symbolic_context=context)
+
+
 def expr_of(value: object) -> sympy.Expr:
     """The sympy expression of a number, which may be a SymInt, SymFloat or SymBool. Raises TypeError for others."""
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
@@ -100,6 +122,16 @@ def expr_of(value: object) -> sympy.Expr:
     if isinstance(value, bool | int | float):
         return sympy.sympify(value)
     raise TypeError(f"{type(value).__name__} is not a number")
+
+
+def symint_of(size: int | sympy.Expr, like: torch.Tensor) -> int | torch.SymInt:
+    """A size as a number; comparing a symbolic one adds a guard. `like` is a tensor whose sizes have its symbols."""
+    if isinstance(size, int):
+        return size
+    env = like.fake_mode.shape_env  # type: ignore[attr-defined]
+    hint = int(size.subs({s: env.backed_var_to_val[s] for s in size.free_symbols}))  # 2.13
+    made: int | torch.SymInt = env.create_symintnode(size, hint=hint)
+    return made
 
 
 def statically_known_true(condition: bool | torch.SymBool) -> bool:
@@ -187,6 +219,20 @@ def trace_pre_dispatch(
             _allow_non_fake_inputs=True,  # 2.13: tensor constants of the graph are real
         )(*fakes)
     return traced
+
+
+@contextlib.contextmanager
+def real_tensors_allowed(values: Sequence[object]) -> Iterator[None]:
+    """A trace of fakes may meet real tensors: a function that is no part of the model closes over them."""
+    mode: Any = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
+    before = mode is not None and mode.allow_non_fake_inputs
+    if mode is not None:
+        mode.allow_non_fake_inputs = True  # 2.13
+    try:
+        yield
+    finally:
+        if mode is not None:
+            mode.allow_non_fake_inputs = before
 
 
 def trace_below_dispatch(
@@ -359,6 +405,39 @@ def hand_to_inductor(
     return compiled  # type: ignore[no-any-return]
 
 
+@contextlib.contextmanager
+def cache_tag(tag: str) -> Iterator[None]:
+    """Within the block, torch's caches on disk keep what is compiled apart from what has another tag."""
+    config: Any = torch.compiler.config
+    with config.patch(cache_key_tag=config.cache_key_tag + tag):
+        yield
+
+
+def is_opened_while_compiling(target: object, gradients: bool) -> bool:
+    """Whether AOTAutograd traces the body, or with gradients the backward, of an operator that somebody else made."""
+    if not isinstance(target, OpOverload) or target.namespace in ("aten", "prims", "latent"):
+        return False
+    keys = ["CompositeImplicitAutograd", *(["Autograd"] if gradients else [])]
+    return any(torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), key) for key in keys)  # 2.13
+
+
+def hand_to_aot(
+    gm: fx.GraphModule,
+    inputs: Sequence[object],
+    compiler: Callable[[fx.GraphModule, Sequence[object]], Callable[..., Any]],
+    decompositions: Mapping[OpOverload, Callable[..., Any]],
+) -> Callable[..., Any]:
+    """`gm` in functional ATen without gradients, given to `compiler`. Takes ownership of `gm`."""
+    from functorch.compile import make_boxed_func  # 2.13
+    from torch._dynamo.backends.common import aot_autograd  # 2.13
+
+    def forward(graph: fx.GraphModule, examples: Sequence[object]) -> Any:
+        return make_boxed_func(compiler(graph, examples))
+
+    compiled: Any = aot_autograd(fw_compiler=forward, decompositions=dict(decompositions))(gm, list(inputs))
+    return compiled  # type: ignore[no-any-return]
+
+
 def list_mode_options(mode: str | None) -> dict[str, Any]:
     """The inductor options that a mode of torch.compile stands for. Raises RuntimeError for an unknown mode."""
     return dict(torch._inductor.list_mode_options(mode)) if mode else {}  # 2.13
@@ -421,3 +500,11 @@ def size_hints(nodes: Iterable[fx.Node]) -> dict[sympy.Symbol, int]:
                 known = size.node.shape_env.backed_var_to_val  # 2.13
                 hints.update({s: int(known.get(s, 2)) for s in size.node.expr.free_symbols})
     return hints
+
+
+# ** the processor **
+
+
+def tiles_permitted() -> bool:
+    """Whether this process may use matrix tiles (AMX), which the kernel of the system grants on request."""
+    return bool(torch.cpu._init_amx())  # 2.13

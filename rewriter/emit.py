@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from .axes import Axis, AxisSpace, Dim, Layout, Size, flat
-from .compat import FakeTensorMode
+from .compat import FakeTensorMode, adopt_constants
 from .layouts import shape_of, size_argument
 from .sites import AttentionSite
 from .sizes import as_fake, fake_mode_of_value
@@ -99,7 +100,7 @@ class Emitter:
         if (made := self._session.find(target, args, kwargs, self._before)) is not None:
             return made
         values = fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
-        with fake_mode_of_value(values) as mode:
+        with fake_mode_of_value((values, self._before.meta.get("val"))) as mode:
             if isinstance(mode, FakeTensorMode):  # constants of the graph are real tensors
                 values = pytree.tree_map_only(torch.Tensor, lambda t: as_fake(t, mode), values)
             value = (shaped or target)(*values[0], **values[1])
@@ -112,6 +113,24 @@ class Emitter:
         node.meta[REWRITE] = self._rewrite
         self.nodes.append(node)
         self._session.keep(node)
+        return node
+
+    def constant(self, value: torch.Tensor) -> fx.Node:
+        """A tensor that is part of the graph; identical layers share it."""
+        owner = self._graph.owning_module
+        if owner is None:
+            raise ValueError("a graph without a module holds no tensors")
+        names = (f"latent_constant_{number}" for number in itertools.count())
+        name = next(name for name in names if getattr(owner, name, value) is value)
+        if isinstance(value, torch.nn.Parameter):
+            owner.register_parameter(name, value)
+        else:
+            owner.register_buffer(name, value)
+        with self._graph.inserting_before(self._before):
+            node = self._graph.get_attr(name)
+        adopt_constants(owner)
+        node.meta["val"] = value
+        self.nodes.append(node)
         return node
 
     def behind(self, result: fx.Node) -> list[fx.Node]:

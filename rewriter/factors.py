@@ -170,7 +170,7 @@ def _walk(state: _State, site: AttentionSite) -> list[Factor]:
             state = replace(state, node=step.source, layout=undone)
         elif is_cast(node) and is_tensor(args_of(node)[0]):
             state = replace(state, node=args_of(node)[0], layout=layout)
-        elif (scaled := _scaled(node)) is not None:
+        elif (scaled := scaled_by_number(node)) is not None:
             state = replace(state, node=scaled[0], layout=layout, factor=state.factor * scaled[1])
         elif (parts := _joined(state, layout, space)) is not None:
             return [found for part in parts for found in _walk(part, site)]
@@ -219,7 +219,7 @@ def _uncut_tokens(state: _State, step: Part, layout: Layout, site: AttentionSite
     return replace(state, node=step.source, layout=before, tokens=cut, top=(step.source, before), joined_by=state.node)
 
 
-def _scaled(node: fx.Node) -> tuple[fx.Node, float] | None:
+def scaled_by_number(node: fx.Node) -> tuple[fx.Node, float] | None:
     """x * number, x / number."""
     if node.target not in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar):
         return None

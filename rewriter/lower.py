@@ -23,8 +23,8 @@ class Lowering:
     reason: str
 
 
-def lower(gm: fx.GraphModule) -> tuple[Lowering, ...]:
-    """Replace the `latent::` operators of a graph by plain ATen, in place."""
+def lower(gm: fx.GraphModule, bodies: bool = False) -> tuple[Lowering, ...]:
+    """Replace the `latent::` operators of a graph by plain ATen, in place; with `bodies`, all by their own bodies."""
     done = []
     gradients = torch.is_grad_enabled() or enables_grad(gm.graph)
     for node in list(gm.graph.nodes):
@@ -32,7 +32,7 @@ def lower(gm: fx.GraphModule) -> tuple[Lowering, ...]:
             continue
         name = str(node.target).removesuffix(".default").replace(".", "::", 1)
         node.meta[LOWERED] = node.name
-        choose = lowerings().get(name)
+        choose = None if bodies else lowerings().get(name)
         form, reason = choose(node, gradients) if choose is not None else (None, "the operator's own body")
         if isinstance(form, LibraryCall):
             node.target, node.args, node.kwargs = form.target, form.args, form.kwargs

@@ -33,6 +33,9 @@ class Options:
     verify: Verify = "fast"
     """"fast" certifies one of several identical sites, "full" every site, "off" none."""
 
+    fuel: int | None = None
+    """How many applications of rewrites are allowed per graph, in the order of judging; None is all of them."""
+
     strict: bool = False
     """Raise what goes wrong inside latent instead of falling back with a warning."""
 
@@ -95,6 +98,12 @@ def _flag(key: str, value: Any) -> bool:
     return value
 
 
+def _fuel(key: str, value: Any) -> int | None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        raise OptionError(f"option {key!r} takes a number of applications, or None for all, not {value!r}")
+    return value
+
+
 def _counts(key: str, value: Any) -> Mapping[str, int]:
     from .registry import rewrites
 
@@ -141,6 +150,7 @@ _READ = {
     "rewrites": _names,
     "verify": _one_of(Verify),
     "inner": _one_of(Inner),
+    "fuel": _fuel,
     "strict": _flag,
     "expect": _counts,
     "dump": _folder,

@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 from torch import fx
 
-__all__ = ["SourceLine", "attribute_path", "module_path", "source_line", "user_frames"]
+from .compat import source_name
+
+__all__ = ["SourceLine", "attribute_path", "is_learned", "module_path", "source_line", "user_frames"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,14 @@ def module_path(node: fx.Node) -> str:
         if isinstance(path, str):
             return attribute_path(path.split("@")[0])
     return ""
+
+
+def is_learned(node: fx.Node) -> bool:
+    """A parameter or buffer of a module."""
+    if node.op == "placeholder":
+        source = source_name(node)
+        return "._parameters[" in source or "._buffers[" in source
+    return node.op == "get_attr"
 
 
 _FRAME = re.compile(

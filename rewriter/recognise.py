@@ -22,6 +22,7 @@ from .contractions import contraction
 from .layouts import is_tensor, shape_of
 from .masks.prove import MaskReader
 from .masks_of_site import prove_masks
+from .near_misses import blocked_scores, without_softmax
 from .registry import patterns
 from .sites import AttentionSite, Miss, Recognition, Scale, Sink, SoftmaxSpelling
 from .sizes import hints_near
@@ -29,7 +30,7 @@ from .walks import Path, Refused, climb, descend, follow, open_product, second_t
 
 
 def recognise(graph: fx.Graph) -> Recognition:
-    """Every softmax and attention call of a graph, as a site or as a miss with its reason."""
+    """Every softmax and attention call of a graph, as a site or as a miss with its reason, and products without one."""
     reader = MaskReader(graph)
     sites: list[AttentionSite] = []
     misses: list[Miss] = []
@@ -43,6 +44,8 @@ def recognise(graph: fx.Graph) -> Recognition:
             taken.update(found.region)
         elif isinstance(found, Miss):
             misses.append(found)
+    known = {*taken, *(miss.anchor for miss in misses)}
+    misses += without_softmax(graph, known)
     return Recognition(tuple(sites), tuple(misses))
 
 
@@ -69,8 +72,9 @@ def _recognise_softmax(spelling: SoftmaxSpelling) -> AttentionSite | Miss:
     paths = climb(spelling.scores)
     if not paths:
         valued = _reaches_product(spelling)
-        reason = "the scores do not come from a product of queries and keys"
-        return Miss(spelling.anchor, reason, spelling.scores, 1 if valued else 0)
+        nothing = "the scores do not come from a product of queries and keys", spelling.scores
+        reason, node = blocked_scores(spelling.scores) or nothing
+        return Miss(spelling.anchor, reason, node, 1 if valued else 0)
     found: list[AttentionSite] = []
     refusals: list[Refused] = []
     for path in paths:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,23 +33,36 @@ KINDS: dict[str, str] = {
 }
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-Class = TypeVar("Class", bound=type)
+Rule = TypeVar("Rule")
+
+ALL = "*"
+"""In `before` or `after`: all others, except those of which something else is said."""
 
 
 @dataclass(frozen=True)
 class RewriteEntry:
-    """A registered rewrite: its class, whether it is exact, and its place among the others."""
+    """A registered rewrite: its class or ready rule, whether it is exact, and its place among the others."""
 
     name: str
-    rule: type
+    rule: Any
     exact: bool
     after: tuple[str, ...] = ()
     before: tuple[str, ...] = ()
 
+    def make(self) -> Any:
+        """A rule to ask: `match`, `benefit`, `build`."""
+        return self.rule() if isinstance(self.rule, type) else self.rule
+
     @property
     def doc(self) -> str:
-        """The first line of the docstring: the equation."""
-        return (self.rule.__doc__ or self.name).strip().splitlines()[0]
+        """The equation: a class gives it in the first line of its docstring."""
+        return getattr(self.rule, "equation", "") or (self.rule.__doc__ or self.name).strip().splitlines()[0]
+
+    @property
+    def origin(self) -> str:
+        """Where it was written: a rule that is run again from there takes the old one's place."""
+        written = self.rule if isinstance(self.rule, type) else self.rule.pattern
+        return f"{written.__module__}.{written.__qualname__}"
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,7 @@ _lowerings: dict[str, Callable[..., Any]] = {}
 _printers: dict[str, Callable[..., Any]] = {}
 _patterns: dict[str, list[Callable[..., Any]]] = {kind: [] for kind in KINDS}
 _rewrites: dict[str, RewriteEntry] = {}
+_listeners: list[Callable[[], None]] = []
 
 
 def pattern(kind: Kind) -> Callable[[Function], Function]:
@@ -73,6 +88,7 @@ def pattern(kind: Kind) -> Callable[[Function], Function]:
 
     def register(function: Function) -> Function:
         _patterns[kind].insert(0, function)
+        _changed()
         return function
 
     return register
@@ -80,13 +96,18 @@ def pattern(kind: Kind) -> Callable[[Function], Function]:
 
 def rewrite(
     name: str, *, exact: bool, after: tuple[str, ...] = (), before: tuple[str, ...] = ()
-) -> Callable[[Class], Class]:
-    """Register a rewrite: a class with `match`, `benefit` and `build` (see `rewriter.rules`)."""
+) -> Callable[[Rule], Rule]:
+    """Register a rewrite: a class with `match`, `benefit` and `build` (see `rewriter.rules`), or such an object.
 
-    def register(rule: Class) -> Class:
-        if name in _rewrites and _rewrites[name].rule.__qualname__ != rule.__qualname__:
-            raise ValueError(f"a rewrite named {name!r} is registered already, by {_rewrites[name].rule.__module__}")
-        _rewrites[name] = RewriteEntry(name, rule, exact, tuple(after), tuple(before))
+    `before` and `after` name other rewrites; "*" stands for all. Raises ValueError for a name that is taken.
+    """
+
+    def register(rule: Rule) -> Rule:
+        entry = RewriteEntry(name, rule, exact, tuple(after), tuple(before))
+        if name in _rewrites and (taken := _rewrites[name].origin) != entry.origin:
+            raise ValueError(f"a rewrite named {name!r} is registered already, by {taken}")
+        _rewrites[name] = entry
+        _changed()
         return rule
 
     return register
@@ -127,7 +148,26 @@ def source_printers() -> dict[str, Callable[..., Any]]:
 
 def unregister(name: str) -> None:
     """Forget a rewrite. Unknown names are ignored."""
-    _rewrites.pop(name, None)
+    if _rewrites.pop(name, None) is not None:
+        _changed()
+
+
+def unregister_pattern(function: Callable[..., Any]) -> None:
+    """Forget a pattern. Unknown ones are ignored."""
+    for known in _patterns.values():
+        if function in known:
+            known.remove(function)
+            _changed()
+
+
+def on_change(listener: Callable[[], None]) -> None:
+    """Call `listener` whenever a pattern or a rewrite comes or goes."""
+    _listeners.append(listener)
+
+
+def _changed() -> None:
+    for listener in _listeners:
+        listener()
 
 
 @functools.cache
@@ -153,9 +193,15 @@ def rewrites() -> tuple[RewriteEntry, ...]:
     _load()
     graph = networkx.DiGraph()
     graph.add_nodes_from(sorted(_rewrites))
+    said: set[tuple[str, str]] = set()
     for entry in _rewrites.values():
-        graph.add_edges_from((name, entry.name) for name in entry.after if name in _rewrites)
-        graph.add_edges_from((entry.name, name) for name in entry.before if name in _rewrites)
+        said |= {(name, entry.name) for name in entry.after if name in _rewrites}
+        said |= {(entry.name, name) for name in entry.before if name in _rewrites}
+    graph.add_edges_from(said)
+    for entry, other in itertools.permutations(_rewrites.values(), 2):
+        first, last = ALL in entry.before and ALL not in other.before, ALL in other.after and ALL not in entry.after
+        if (first or last) and (other.name, entry.name) not in said:
+            graph.add_edge(entry.name, other.name)
     try:
         order = list(networkx.lexicographical_topological_sort(graph))
     except networkx.NetworkXUnfeasible:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import json
 import re
 from collections.abc import Mapping
@@ -140,6 +141,10 @@ class Report:
         """What is less than expected, in words: "attention: expected 30, found 29"."""
         return [f"{n}: expected {c}, found {self.least(n)}" for n, c in expect.items() if self.least(n) < c]
 
+    def only(self, site: str = "", near: int | None = None) -> Report:
+        """The sites and misses of the modules that match `site`, and of the near misses the `near` nearest alone."""
+        return dataclasses.replace(self, graphs=tuple(_filtered(graph, site, near) for graph in self.graphs))
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -156,6 +161,20 @@ class Report:
 
     def __str__(self) -> str:
         return render_report(self)
+
+
+def _filtered(graph: GraphReport, pattern: str, near: int | None) -> GraphReport:
+    def wanted(path: str) -> bool:
+        return not pattern or fnmatch.fnmatchcase(path, pattern) or path.startswith(f"{pattern}.")
+
+    kept = {site.index: n for n, site in enumerate(s for s in graph.sites if wanted(s.path))}
+    misses = graph.misses if near is None else graph.near_misses[:near]
+    return dataclasses.replace(
+        graph,
+        sites=tuple(dataclasses.replace(s, index=kept[s.index]) for s in graph.sites if s.index in kept),
+        verdicts=tuple(dataclasses.replace(v, site=kept[v.site]) for v in graph.verdicts if v.site in kept),
+        misses=tuple(miss for miss in misses if wanted(miss.path)),
+    )
 
 
 def report_site(index: int, site: AttentionSite, writes: Mutations, hints: Mapping[sympy.Symbol, int]) -> SiteReport:

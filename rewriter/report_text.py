@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from .report import GraphReport, MissReport, Report, SiteReport
     from .rules import Verdict
 
-__all__ = ["MARKS", "collapse", "grouped", "hanging", "render", "render_report"]
+__all__ = ["MARKS", "collapse", "grouped", "hanging", "render", "render_report", "size_text"]
 
 Item = TypeVar("Item")
 Block = tuple[str, ...]
@@ -57,7 +57,7 @@ def render(graph: GraphReport, first: GraphReport | None = None) -> str:
 def _sections(graph: GraphReport) -> Iterator[tuple[str, list[Block]]]:
     sites = len(graph.sites)
     yield f"attention   {sites} {'site' if sites == 1 else 'sites'}", list(_sites(graph.sites))
-    yield "rewrites", list(_verdicts(graph.verdicts))
+    yield "rewrites", list(_verdicts(graph))
     yield "lowered", [(f"{same[0]}{_times(same)}",) for same in grouped(graph.lowered, str)]
     near = graph.near_misses
     yield f"near {'miss' if len(near) == 1 else 'misses'}   {len(near)}", list(_misses(near))
@@ -83,7 +83,9 @@ def _shape(site: SiteReport) -> str:
     return " · ".join([site.spelling, heads, width, f"{queries} × {s.keys} keys", s.dtype, mask])
 
 
-def _verdicts(verdicts: Sequence[Verdict]) -> Iterator[Block]:
+def _verdicts(graph: GraphReport) -> Iterator[Block]:
+    verdicts = graph.verdicts
+    taken = {v.site for v in verdicts if v.outcome == "applied"}
     groups = grouped(verdicts, lambda v: (v.rewrite, v.outcome, v.reason))
     sites = {v.rewrite: sum(w.rewrite == v.rewrite for w in verdicts) for v in verdicts}
     name = max((len(v.rewrite) for v in verdicts), default=0)
@@ -93,19 +95,26 @@ def _verdicts(verdicts: Sequence[Verdict]) -> Iterator[Block]:
     for count, same in zip(counts, groups, strict=True):
         v = same[0]
         text = f"{MARKS[v.outcome]} {v.rewrite:<{name}}  {v.outcome:<{outcome}}  {count:>{number}}   "
-        detail = _detail(same)
+        own = {graph.sites[v.site].line for v in same}
+        detail = _detail(same, {v.line for v in same if v.site not in taken} - own)
         yield tuple(hanging(text, detail)) if detail else (text.rstrip(),)
 
 
-def _detail(same: Sequence[Verdict]) -> str:
+def _detail(same: Sequence[Verdict], places: Collection[str]) -> str:
+    """What there is to say about equal verdicts; a refusal has its place where nothing else was applied there."""
     errors = [v.error for v in same if v.error is not None]
+    known = [v.estimate for v in same if v.estimate is not None]
+    before, after = sum(e.bytes_before for e in known), sum(e.bytes_after for e in known)
+    traffic = f"moves {size_text(before)} → {size_text(after)}" if known else ""
     if same[0].outcome == "applied":
         largest = f"{max(errors):.0e}" if any(errors) else "0"
-        if errors:
-            return f"certified, relative error {largest} in fp64"
-        return f"not certified ({same[0].reason})" if same[0].reason else "not certified"
-    place = f"   {same[0].line}" if same[0].line and same[0].outcome in ("undone", "failed") else ""
-    return same[0].reason + place
+        uncertified = f"not certified ({same[0].reason})" if same[0].reason else "not certified"
+        certified = f"certified, relative error {largest} in fp64" if errors else uncertified
+        return " · ".join(filter(None, (certified, traffic)))
+    if same[0].outcome == "not paying":
+        return " · ".join(filter(None, (same[0].reason, traffic)))
+    places = {same[0].line} if same[0].outcome in ("undone", "failed") else places
+    return same[0].reason + (f"   {next(iter(places))}" if len(places) == 1 else "")
 
 
 def _misses(misses: Sequence[MissReport], code: bool = True) -> Iterator[Block]:
@@ -181,6 +190,15 @@ def hanging(start: str, text: str) -> list[str]:
     """`text` behind `start`, further lines below its beginning."""
     width = max(WIDTH, len(start) + 40)
     return textwrap.wrap(text, width, initial_indent=start, subsequent_indent=" " * len(start)) or [start.rstrip()]
+
+
+def size_text(number: float) -> str:
+    """Bytes with three digits: "14.2 kB"."""
+    for unit in ("B", "kB", "MB"):
+        if number < 999.5:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} GB"
 
 
 def _times(same: Sequence[object]) -> str:

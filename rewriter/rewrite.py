@@ -23,7 +23,7 @@ from .mutations import Mutations, base_of
 from .options import Options
 from .provenance import source_line
 from .recognise import recognise_at
-from .registry import RewriteEntry, rewrites
+from .registry import ALL, RewriteEntry, rewrites
 from .rules import Match, Refusal, Rewrite, Verdict
 from .sites import AttentionSite
 
@@ -76,11 +76,12 @@ class _Run:
     ) -> None:
         self.graph, self.options, self.hints = graph, options, hints
         self.current: list[AttentionSite | None] = list(sites)
-        self.taken_by: dict[int, str] = {}
+        self.taken_by: dict[int, RewriteEntry] = {}
         self.session = Session(written=lambda node: base_of(node) in self.mutations.writes)
         self.mutations = Mutations.of(graph)
         self.reader = MaskReader(graph)
         self.verdicts: list[Verdict] = []
+        self.fuel: float = float("inf") if options.fuel is None else options.fuel
         self.certificates: dict[str, Certificate] = {}
 
     def all(self, entry: RewriteEntry, outcome: str, reason: str) -> None:
@@ -92,11 +93,16 @@ class _Run:
         site = self.current[index]
         if site is None:
             taken = self.taken_by[index]
-            self.verdicts.append(Verdict(index, entry.name, "refused", f"{taken} took the site"))
+            rivals = ALL in entry.before and ALL in taken.before and taken.name not in entry.after
+            advice = "; both ask to run first: order them with before or after" if rivals else ""
+            self.verdicts.append(Verdict(index, entry.name, "refused", f"{taken.name} took the site{advice}"))
+            return
+        if not self.fuel:
+            self.verdicts.append(Verdict(index, entry.name, "off", "no fuel left"))
             return
         verdict = Verdict(index, entry.name, "refused", line=str(source_line(site.anchor) or ""))
         try:
-            verdict = self._judge(entry, entry.rule(), site, index, verdict)
+            verdict = self._judge(entry, entry.make(), site, index, verdict)
         except Exception as error:
             if self.options.strict:
                 raise RewriteFailed(f"{entry.name} at {verdict.line}: {type(error).__name__}: {error}") from error
@@ -114,8 +120,8 @@ class _Run:
         verdict = replace(verdict, estimate=benefit.at(self.hints))
         if not benefit.pays(self.hints):
             return replace(verdict, outcome="not paying", reason="as many bytes move as before")
-        if (moved := self._written_between(site, answer)) is not None:
-            return self._refuse(verdict, Refusal("a tensor it reads is written in between", moved))
+        if (refusal := self._written_between(site, answer)) is not None:
+            return self._refuse(verdict, refusal)
         emit = Emitter.at(site, entry.name, self.session)
         try:
             new = rule.build(answer, emit)
@@ -142,6 +148,7 @@ class _Run:
         replaced.update({old: new for old, now in replaced.items() if now is site.output})
         replaced[site.output] = new
         self._recognise_again(entry, index, emit)
+        self.fuel -= 1
         verdict = replace(verdict, outcome="applied", certificate=certificate.name if certificate else "")
         if certificate is None or not certificate.compared:
             return replace(verdict, reason=certificate.note if certificate else "")
@@ -160,23 +167,28 @@ class _Run:
             self.certificates[key] = replace(comparison.run(), name=key)
         return self.certificates[key]
 
-    def _written_between(self, site: AttentionSite, match: Match) -> fx.Node | None:
+    def _written_between(self, site: AttentionSite, match: Match) -> Refusal | None:
         """A write to what the site reads or computes, after it is first read and before the output.
 
         The replacement reads everything at the output's place.
         """
-        reads = list(match.reads)
-        for operand in (*(o for term in site.terms for o in (term.query, term.key)), site.value):
-            reads.append((operand.root, operand.chain[-2][0] if len(operand.chain) > 1 else site.region[0]))
+        reads = [("a tensor it reads is", *read) for read in match.reads]
+        named = [("the query is", t.query) for t in site.terms] + [("the key is", t.key) for t in site.terms]
+        for name, operand in (*named, ("the value is", site.value)):
+            reads.append((name, operand.root, operand.chain[-2][0] if len(operand.chain) > 1 else site.region[0]))
         for step in (*site.steps, *site.weight_steps):
-            reads += [(node, step.node) for node in step.node.all_input_nodes]
+            reads += [
+                ("a mask or a bias is", node, step.node)
+                for node in step.node.all_input_nodes
+                if node not in site.region
+            ]
         if site.call is not None and site.call.mask is not None:
-            reads.append((site.call.mask, site.anchor))
-        reads += [(node, node) for node in site.region]
-        for tensor, first in reads:
+            reads.append(("the mask is", site.call.mask, site.anchor))
+        reads += [("the scores are" if node < site.anchor else "the weights are", node, node) for node in site.region]
+        for name, tensor, first in reads:
             write = self.mutations.write_between(tensor, first, site.output)
             if write is not None and write not in site.region:
-                return write
+                return Refusal(f"{name} written in between", write)
         return None
 
     def _recognise_again(self, entry: RewriteEntry, index: int, emit: Emitter) -> None:
@@ -186,7 +198,7 @@ class _Run:
                 self.current[index] = found
                 return
         self.current[index] = None
-        self.taken_by[index] = entry.name
+        self.taken_by[index] = entry
 
 
 def _check_form(new: fx.Node, output: fx.Node) -> None:

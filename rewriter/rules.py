@@ -5,6 +5,9 @@ class MyRewrite:                                    registered with @latent.rewr
     def match(self, site) -> Match | Refusal        read-only; a refusal gives its reason
     def benefit(self, match) -> Benefit             bytes and operations before and after
     def build(self, match, emit) -> fx.Node         new nodes for `site.output`; never edits in place
+
+A class may have `examples = ((function, dict(q="B H S D", ...)),)`, functions that it should match, for its check. The
+short form of a rewrite, `latent.replace`, is in `rewriter.custom`.
 """
 
 from __future__ import annotations
@@ -62,7 +65,6 @@ class Benefit:
 
     def pays(self, hints: Mapping[sympy.Symbol, int]) -> bool:
         """Whether it takes no longer at the example sizes, with a byte moved in the time of `RIDGE` operations."""
-
         known = self.at(hints)
         return known.bytes_after * RIDGE + known.flops_after <= known.bytes_before * RIDGE + known.flops_before
 

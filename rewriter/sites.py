@@ -298,7 +298,7 @@ class Miss:
 
 @dataclass(frozen=True)
 class Recognition:
-    """Every softmax of a graph is in exactly one of the two."""
+    """Every softmax of a graph is in exactly one of the two; misses also hold products that no softmax lies between."""
 
     sites: tuple[AttentionSite, ...]
     misses: tuple[Miss, ...]

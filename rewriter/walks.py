@@ -40,8 +40,8 @@ def climb(node: fx.Node) -> list[Path]:
         if top in memo:
             pending.pop()
             continue
-        carriers = [] if contraction(top) else _carriers(top)
-        waiting = [carrier for carrier in carriers if carrier not in memo]
+        sources = [] if contraction(top) else carriers(top)
+        waiting = [carrier for carrier in sources if carrier not in memo]
         if waiting:
             pending.extend(waiting)
             continue
@@ -49,12 +49,12 @@ def climb(node: fx.Node) -> list[Path]:
         if contraction(top):
             memo[top] = [(top,)]
         else:
-            paths = itertools.chain.from_iterable(memo[carrier] for carrier in carriers)
+            paths = itertools.chain.from_iterable(memo[carrier] for carrier in sources)
             memo[top] = sorted(((*path, top) for path in paths), key=len)[:MAX_PATHS]
     return memo[node]
 
 
-def _carriers(node: fx.Node) -> list[fx.Node]:
+def carriers(node: fx.Node) -> list[fx.Node]:
     """The inputs of `node` that it may pass on as scores."""
     if node.op != "call_function" or not is_tensor(node):
         return []
@@ -218,7 +218,7 @@ class ValueProduct:
     path: Path
 
 
-def _value_contraction(node: fx.Node, carrier: fx.Node) -> Contraction | None:
+def value_contraction(node: fx.Node, carrier: fx.Node) -> Contraction | None:
     """`node`, or the sum that reads it, as a product of the weights with something."""
     for reader in (node, *node.users):
         found = contraction(reader)
@@ -235,7 +235,7 @@ def follow(weights: fx.Node, layout: Layout, space: AxisSpace) -> tuple[list[Val
     while pending:
         carrier, current, steps, path = pending.pop(0)
         for node in carrier.users:
-            found = _value_contraction(node, carrier)
+            found = value_contraction(node, carrier)
             if found is not None:
                 products.append(ValueProduct(found, current, found.lhs is carrier, steps, path))
                 continue

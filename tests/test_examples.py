@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from latent.rewriter.registry import unregister
+from latent.rewriter.registry import rewrites, unregister
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -17,18 +17,23 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 def run(path):
-    output = io.StringIO()
+    output, before = io.StringIO(), {entry.name for entry in rewrites()}
     try:
         with contextlib.redirect_stdout(output):
             runpy.run_path(str(path), run_name="__main__")
     finally:
-        unregister("use_my_kernel")
+        for entry in rewrites():
+            if entry.name not in before:
+                unregister(entry.name)
     return output.getvalue()
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_run(path):
-    assert "attention   " in run(path)
+    output = run(path)
+    assert "attention   " in output
+    for what, number in re.findall(r"from (eager|the model as it is|the edit made by hand): +(\S+)", output):
+        assert float(number) > 1e-2 if what == "the model as it is" else float(number) < 1e-5
 
 
 def test_the_report_in_the_readme_is_the_quickstarts():

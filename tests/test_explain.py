@@ -1,6 +1,7 @@
 """latent.explain looks and changes nothing; reports read well."""
 
 import copy
+import dataclasses
 import json
 
 import latent
@@ -227,7 +228,28 @@ def test_json_round_trip(model):
     assert data["graphs"][0]["sites"][2]["path"] == "layers.2" and data["breaks"] == []
 
 
+@torch.no_grad()
+def test_a_part_of_a_report(model):
+    report = latent.explain(model)(X)
+    for pattern, paths in {"layers.1": ["layers.1"], "layers.*": ["layers.0", "layers.1", "layers.2"], "x": []}.items():
+        part = report.only(site=pattern)
+        assert [site.path for site in part.sites] == paths and part.count("fuse_attention") == len(paths)
+        assert [site.index for site in part.sites] == list(range(len(paths)))
+    assert "layers.1   test_explain.py" in str(report.only(site="layers.1"))
+
+
 # ** text, from values **
+
+
+def test_the_nearest_misses_alone():
+    misses = [MissReport(f"a.{n}", f"m.py:{n}", "x", f"reason {n}", "node", n) for n in range(3)]
+    (part,) = Report((graph(misses=misses),)).only(near=1).graphs
+    assert [miss.reason for miss in part.misses] == ["reason 2"]
+
+
+def test_bytes_are_summed_over_equal_sites():
+    verdicts = tuple(Verdict(n, "fuse_attention", "applied", error=1e-16, moved=(2000.0, 500.0)) for n in range(2))
+    assert "1e-16 in fp64 · moves 4 kB → 1 kB" in str(Report((dataclasses.replace(graph(), verdicts=verdicts),)))
 
 
 def graph(number=0, compilation="0/0", paths=("a.0", "a.1"), queries="8", misses=(), outcome="applied"):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 EAGER = {"inner": "eager", "strict": True}
-NAMES = ("rewrites", "verify", "strict", "expect", "dump", "inner", "mode", "inductor")
+NAMES = ("rewrites", "verify", "fuel", "strict", "expect", "dump", "inner", "mode", "inductor")
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +76,7 @@ def test_misspelt_name_is_corrected(wrong: str, meant: str) -> None:
     [
         ("rewrites", ("fuse_attention",)),
         ("verify", "full"),
+        ("fuel", 3),
         ("strict", True),
         ("expect", {"attention": 2, "fuse_attention": 1}),
         ("dump", "somewhere"),
@@ -96,6 +97,8 @@ def test_good_value_is_taken(key: str, good: object) -> None:
         ("rewrites", 5, "rewrites"),
         ("verify", "sometimes", "fast, full, off"),
         ("verify", ["fast"], "fast, full, off"),
+        ("fuel", -1, "applications"),
+        ("fuel", True, "applications"),
         ("strict", 1, "True or False"),
         ("expect", 3, "counts"),
         ("expect", {"atention": 1}, "attention"),

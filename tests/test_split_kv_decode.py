@@ -52,6 +52,24 @@ def test_a_spelling_by_hand_gets_the_same_kernel() -> None:
     assert any("keys split over cores" in line for graph in history.reports().graphs for line in graph.lowered)
 
 
+class Scaled(torch.nn.Module):
+    """Attention by hand whose scale is an attribute: with dynamic shapes Dynamo makes a symbol of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = 0.37
+        self.q, self.k, self.v = (torch.nn.Linear(D, D) for _ in range(3))  # their weights fix the widths
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (self.q(q[:, ::G]) @ self.k(k).mT * self.scale).softmax(-1) @ self.v(v)
+
+
+def test_a_symbolic_scale_keeps_the_kernel() -> None:
+    found = outcome("fuse_attention", Scaled(), *qkv(), dynamic=True)
+    assert found.verdict.outcome == "applied" and found.error < 1e-5
+    assert any("keys split over cores" in line for graph in history.reports().graphs for line in graph.lowered)
+
+
 REFUSED = {
     "query tokens": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True), qkv(4)),
     "also does what is not read": (lambda q, k, v: F.scaled_dot_product_attention(q[:, ::G], k, v, None, 0.5), qkv()),

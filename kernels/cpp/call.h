@@ -52,11 +52,29 @@ INLINE void prefetch(const Element* p, int width) {
   for (int d = 0; d < width; d += 64 / (int)sizeof(Element)) __builtin_prefetch(p + d, 0, 2);
 }
 
-INLINE void prefetch_token(const Arguments& a, const Tile& t, int64_t j) {
-  prefetch(key_row(a, t, j), WIDTH);
-  if constexpr (ROPE > 0) prefetch(key_rope_row(a, t, j), ROPE);
-  if constexpr (!VALUES_ARE_KEYS) prefetch(value_row(a, t, j), VALUE_WIDTH);
-}
+// Fetches tokens from `token` to `last` a few cache lines at a time: more at once than a core can wait for would stop it.
+constexpr int lines_of(int width) { return (width * (int)sizeof(Element) + 63) / 64; }
+
+struct Ahead {
+  static constexpr int KEY = lines_of(WIDTH), ROPES = lines_of(ROPE);
+  static constexpr int LINES = KEY + ROPES + (VALUES_ARE_KEYS ? 0 : lines_of(VALUE_WIDTH));
+
+  const Arguments& a;
+  const Tile& t;
+  int64_t token, last;
+  int line = 0;
+
+  INLINE_METHOD void fetch(int lines) {
+    for (; lines > 0 && token < last; lines--) {
+      const Element* row = line < KEY           ? key_row(a, t, token)
+                           : line < KEY + ROPES ? key_rope_row(a, t, token)
+                                                : value_row(a, t, token);
+      const int at = line < KEY ? line : line < KEY + ROPES ? line - KEY : line - KEY - ROPES;
+      __builtin_prefetch(row + at * (64 / (int)sizeof(Element)), 0, 2);
+      if (++line == LINES) line = 0, token++;
+    }
+  }
+};
 
 enum class Sight { NONE, SOME, ALL };
 

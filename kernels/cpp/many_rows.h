@@ -1,55 +1,25 @@
 // ---- Many rows: lanes are rows ----
 //
-// Queries are transposed once per tile, keys and values are widened once per block. Then scores S[n][row] and outputs
-// O[e][row] are the same product, a scalar of the cache times a vector of rows, and the softmax needs no sum over lanes.
+// Queries are transposed once per tile, keys and values are packed once per block. Scores are S[n][row], so that the
+// softmax needs no sum over lanes. The products are made by vectors or by tiles, in the part after this.
 
 constexpr int GROUP = 2 * LANES;  // rows that go through the products together
 
-INLINE Floats add_product(Floats sum, Floats x, Floats y) { return sum + x * y; }
-
-// Pairs of bfloat16: sum + x_low · y_low + x_high · y_high.
-INLINE Floats add_product(Floats sum, Words x, Words y) {
-#if defined(__AVX512BF16__) && defined(INTRINSICS)
-  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
-#else
-  sum += (Floats)(x << 16) * (Floats)(y << 16);
-  return sum + (Floats)(x & 0xffff0000) * (Floats)(y & 0xffff0000);
-#endif
-}
-
 struct Rows {
-  alignas(64) Operand queries[TILE / GROUP][KEY_STEPS][GROUP];
+  alignas(64) Operand queries[TILE / GROUP][QUERY_STEPS][GROUP];  // zeros from KEY_STEPS on
   alignas(64) Operand keys[BLOCK * KEY_STRIDE];
   alignas(64) Operand values[VALUES_ARE_KEYS && !BF16_DOT ? 1 : VALUE_STEPS * VALUE_STRIDE];
   alignas(64) float scores[BLOCK][GROUP];
   alignas(64) Operand weights[VALUE_STEPS][GROUP];
   alignas(64) float bias[TILE / GROUP][BLOCK][GROUP];
-  alignas(64) float out[TILE / GROUP][OUT_ROWS][GROUP];
+  alignas(64) float out[TILE / GROUP][OUT_ROWS * GROUP];
   alignas(64) float top[TILE], total[TILE], keep[GROUP];
 };
 static thread_local Rows rows_scratch;
 
-// C[i][row] = start(i, v) + sum over k of A[i · A_I + k · A_K] B[k][row], where `start` gives vector v of row i.
-template <int I, int VECTORS, int A_I, int A_K, class Start>
-INLINE void add_products(const Operand* a, const Operand (*b)[GROUP], int steps, float (*c)[GROUP], Start start) {
-  Floats sums[I][VECTORS];
-#pragma GCC unroll 16
-  for (int i = 0; i < I; i++)
-#pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; v++) sums[i][v] = Floats{};
-#pragma GCC unroll 1
-  for (int k = 0; k < steps; k++) {
-#pragma GCC unroll 16
-    for (int i = 0; i < I; i++) {
-      const auto x = splat(a[i * A_I + k * A_K]);
-#pragma GCC unroll 2
-      for (int v = 0; v < VECTORS; v++) sums[i][v] = add_product(sums[i][v], x, load(b[k] + v * LANES));
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < I; i++)
-#pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; v++) store(c[i] + v * LANES, start(i, v) + sums[i][v]);
+// Where value e lies in a packed row: of 2 · LANES bfloat16 the even ones stand before the odd ones.
+constexpr int column(int e) {
+  return BF16_DOT ? e / (2 * LANES) * (2 * LANES) + e % 2 * LANES + e % (2 * LANES) / 2 : e;
 }
 
 INLINE void copy_widened(const Element* from, float* to, int width) {
@@ -59,8 +29,7 @@ INLINE void copy_widened(const Element* from, float* to, int width) {
 }
 
 static void pack(const Arguments& a, const Tile& t, int64_t first, int count, Rows& w) {
-  const int padded = (count + I_OF_ONE - 1) / I_OF_ONE * I_OF_ONE;  // rows of zeros to the next multiple
-  std::memset(w.keys + count * KEY_STRIDE, 0, (padded - count) * KEY_STRIDE * sizeof(Operand));
+  std::memset(w.keys + count * KEY_STRIDE, 0, (BLOCK - count) * KEY_STRIDE * sizeof(Operand));
   for (int n = 0; n < count; n++) {
     Operand* keys = w.keys + n * KEY_STRIDE;
     if constexpr (BF16_DOT) {
@@ -74,16 +43,22 @@ static void pack(const Arguments& a, const Tile& t, int64_t first, int count, Ro
         copy_widened(value_row(a, t, first + n), (float*)w.values + n * VALUE_STRIDE, VALUE_WIDTH);
     }
   }
-  if constexpr (BF16_DOT)  // pairs of tokens; the last of an odd count is paired with zeros
+  if constexpr (BF16_DOT) {  // pairs of tokens in the order of `column`; the last of an odd count is paired with zeros
+    const int pairs = (count + 1) / 2;
+    std::memset(w.values + pairs * VALUE_STRIDE, 0, (VALUE_STEPS - pairs) * VALUE_STRIDE * sizeof(Operand));
     for (int n = 0; n < count; n += 2) {
       const uint16_t* even = (const uint16_t*)value_row(a, t, first + n);
       const uint16_t* odd = n + 1 < count ? (const uint16_t*)value_row(a, t, first + n + 1) : nullptr;
-      uint32_t* pairs = (uint32_t*)w.values + n / 2 * VALUE_STRIDE;
+      uint32_t* values = (uint32_t*)w.values + n / 2 * VALUE_STRIDE;
       int e = 0;
-      for (; e + LANES <= VALUE_WIDTH; e += LANES)
-        store(pairs + e, load_bits(even + e) | (odd ? load_bits(odd + e) << 16 : Words{}));
-      for (; e < VALUE_WIDTH; e++) pairs[e] = even[e] | (odd ? (uint32_t)odd[e] << 16 : 0);
+      for (; e + 2 * LANES <= VALUE_WIDTH; e += 2 * LANES) {
+        const Words x = load((const uint32_t*)(even + e)), y = odd ? load((const uint32_t*)(odd + e)) : Words{};
+        store(values + e, (x & 0xffff) | y << 16);
+        store(values + e + LANES, x >> 16 | (y & 0xffff0000));
+      }
+      for (; e < VALUE_WIDTH; e++) values[column(e)] = even[e] | (odd ? (uint32_t)odd[e] << 16 : 0);
     }
+  }
 }
 
 static void transpose_queries(const Arguments& a, const Tile& t, Rows& w) {
@@ -140,30 +115,18 @@ INLINE void weigh(const Arguments& a, Rows& w, int group, int count, bool biased
   }
 }
 
+// What the next part defines: scores, weights and outputs of a block for the rows of a group, and where outputs lie.
 template <int VECTORS>
 static void attend_group(const Arguments& a, const Tile& t, Rows& w, int group, int64_t first, int count, int64_t end,
-                         bool biased) {
-  constexpr int I = VECTORS == 1 ? I_OF_ONE : I_OF_TWO;
-  for (int k = 0; k < KEY_STEPS; k += STEPS_IN_L1)
-    for (int n = 0; n < count; n += I) {
-      if (group == 0 && k == 0)
-        for (int64_t j = first + BLOCK + n; j < std::min(end, first + BLOCK + n + I); j++) prefetch_token(a, t, j);
-      const auto start = [&](int i, int v) { return k ? load(w.scores[n + i] + v * LANES) : Floats{}; };
-      add_products<I, VECTORS, KEY_STRIDE, 1>(w.keys + n * KEY_STRIDE + k, w.queries[group] + k,
-                                              std::min(STEPS_IN_L1, KEY_STEPS - k), w.scores + n, start);
-    }
-  weigh<VECTORS>(a, w, group, count, biased);
-  const Operand* values = VALUES_ARE_KEYS && !BF16_DOT ? w.keys : w.values;
-  for (int e = 0; e < VALUE_WIDTH; e += I) {
-    float(*out)[GROUP] = w.out[group] + e;
-    const auto start = [&](int i, int v) { return load(out[i] + v * LANES) * load(w.keep + v * LANES); };
-    add_products<I, VECTORS, 1, VALUE_STRIDE>(values + e, w.weights, (count + STEP - 1) / STEP, out, start);
-  }
-}
+                         bool biased);
+INLINE float out_at(const Rows& w, int row, int e);
+INLINE void begin_products();
+INLINE void end_products();
 
 static void attend_many(const Arguments& a, const Tile& t, int64_t low, int64_t high, bool skip, Partial result) {
   Rows& w = rows_scratch;
   const int vectors = (t.rows + LANES - 1) / LANES, groups = (vectors + 1) / 2;
+  begin_products();
   transpose_queries(a, t, w);
   std::memset(w.out, 0, groups * sizeof w.out[0]);
   std::fill_n(w.top, groups * GROUP, LOWEST);
@@ -177,9 +140,9 @@ static void attend_many(const Arguments& a, const Tile& t, int64_t low, int64_t 
     for (int g = 0; g < groups; g++)
       (2 * g + 1 < vectors ? attend_group<2> : attend_group<1>)(a, t, w, g, first, count, high, sight == Sight::SOME);
   }
+  end_products();
   std::copy_n(w.top, t.rows, result.top);
   std::copy_n(w.total, t.rows, result.total);
-  for (int g = 0; g < groups; g++)
-    for (int r = g * GROUP; r < std::min((g + 1) * GROUP, t.rows); r++)
-      for (int e = 0; e < VALUE_WIDTH; e++) result.sum[r * OUT_STRIDE + e] = w.out[g][e][r % GROUP];
+  for (int r = 0; r < t.rows; r++)
+    for (int e = 0; e < VALUE_WIDTH; e++) result.sum[r * OUT_STRIDE + e] = out_at(w, r, e);
 }

@@ -1,6 +1,7 @@
 // ---- Vectors of LANES floats, and the storage types ----
 
-#define INLINE static inline __attribute__((always_inline))
+#define INLINE_METHOD inline __attribute__((always_inline))
+#define INLINE static INLINE_METHOD
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...kernels.machine import Machine
+from ..report_text import size_text
 from .bench import Bench, PhaseResult
 from .targets import TargetError
 
@@ -35,12 +36,12 @@ def _phase(phase: PhaseResult, machine: Machine) -> list[str]:
         share = "–" if bound is None else f"{100 * bound / r.times.median:.0f} %"
         faster = f"{base / r.times.median:.2f}×"
         rows.append(
-            (r.name, f"{_ms(r.times.median)} ms", spread, faster, share, compiling, _size(r.peak_bytes), differs)
+            (r.name, f"{_ms(r.times.median)} ms", spread, faster, share, compiling, size_text(r.peak_bytes), differs)
         )
     widths = [max(len(row[n]) for row in rows) for n in range(len(heads))]
     title = phase.title
     if phase.least and bound is not None:
-        title += f" · at least {_size(phase.least.bytes)} and {phase.least.flops / 1e9:.3g} GFLOP: {_ms(bound)} ms"
+        title += f" · at least {size_text(phase.least.bytes)} and {phase.least.flops / 1e9:.3g} GFLOP: {_ms(bound)} ms"
     lines = [title, "─" * len(title)]
     for row in rows:
         cells = [f"{row[0]:<{widths[0]}}", *(f"{cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True))]
@@ -86,14 +87,14 @@ def plot(result: Bench, path: Path) -> None:
         plt.close(figure)
 
 
-def import_matplotlib() -> Any:
+def import_matplotlib(option: str = "--plot") -> Any:
     """pyplot without a window, or a TargetError that names what to install."""
     try:
         importlib.import_module("matplotlib").use("Agg")
         return importlib.import_module("matplotlib.pyplot")
     except ImportError as error:
         raise TargetError(
-            f"--plot needs matplotlib, which cannot be imported: {error}.",
+            f"{option} needs matplotlib, which cannot be imported: {error}.",
             'Install it with: pip install "torch-latent[report]"',
         ) from error
 
@@ -102,14 +103,6 @@ def _ms(seconds: float) -> str:
     """Milliseconds with three digits or all before the point."""
     value = 1e3 * seconds
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
-def _size(number: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if number < 999.5:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} GB"
 
 
 def _count(number: int, noun: str) -> str:

@@ -14,13 +14,17 @@ from typing import Annotated, Optional
 
 import typer
 
+from .bisect import bisect
 from .common import ERROR, EXPECTATION, Json, Phase, Spelling, Verify
 from .common import errors as _errors
 from .common import stdout_is_for_us as _stdout_is_for_us
 from .console import err, progress, show, table
 from .diff import diff
 from .dump import dump
+from .masks import masks
+from .mlir import mlir
 from .report import report
+from .rules import patterns, rewrites
 
 __all__ = ["app"]
 
@@ -33,6 +37,11 @@ app = typer.Typer(
 app.command()(dump)
 app.command()(diff)
 app.command()(report)
+app.command()(bisect)
+app.command()(masks)
+app.command()(mlir)
+app.add_typer(rewrites, name="rewrites")
+app.add_typer(patterns, name="patterns")
 
 
 class Contestant(str, Enum):
@@ -71,6 +80,13 @@ def explain(
         Optional[list[str]],  # noqa: UP045
         typer.Option(metavar="NAME=COUNT", help="Exit with 3 when there is less: attention=30, or a rewrite's name."),
     ] = None,
+    site: Annotated[
+        str, typer.Option(metavar="PATH", help="Show only modules below this path; * stands for anything.")
+    ] = "",
+    near: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, help="Show only so many near misses, the nearest first, and no other softmax."),
+    ] = None,
     phase: Annotated[Phase, typer.Option(help="For folders: the first forward, or the one for the next token.")] = (
         Phase.prefill
     ),
@@ -99,7 +115,7 @@ def explain(
         with progress("tracing and recognising"), torch.no_grad():
             run = look(found.model, rewrites=rewrite or None, verify=verify.value, dynamic=dynamic or None)
             result = run(*found.args, **found.kwargs)
-    short = result.shortfall(counts)
+    short, result = result.shortfall(counts), result.only(site, near)
     if as_json:
         print(json.dumps({"target": target, "notes": found.notes, "unmet": short, **result.to_dict()}, default=str))
     else:
@@ -206,21 +222,6 @@ def demo(
 
         same = run_demo(tokens, attention.value, folder)
     raise typer.Exit(0 if same else ERROR)
-
-
-@app.command()
-def rewrites(as_json: Json = False) -> None:
-    """List the rewrites in the order in which they run."""
-    with _errors():
-        from ..registry import rewrites as registered
-
-        entries = registered()
-    kinds = {True: "exact", False: "lossy"}
-    if as_json:
-        rows = [{"name": e.name, "class": kinds[e.exact], "equation": e.doc, "after": e.after} for e in entries]
-        print(json.dumps(rows))
-        return
-    table([(f"{n}", e.name, kinds[e.exact], e.doc) for n, e in enumerate(entries, 1)], indent=0)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-__all__ = ["Phase", "Target", "TargetError", "load_target"]
+__all__ = ["Phase", "Target", "TargetError", "import_file", "load_target"]
 
 Phase = Literal["prefill", "decode"]
 
@@ -70,7 +70,7 @@ def load_target(text: str, choices: HFChoices | None = None) -> Target:
 
 def load_factory(file: Path, name: str) -> Target:
     """Call `name` of `file`, which returns (model, args, kwargs). Raises TargetError."""
-    module = _import(file)
+    module = import_file(file)
     factory = getattr(module, name, None)
     if not callable(factory):
         functions = {n for n, value in vars(module).items() if callable(value)}
@@ -89,7 +89,8 @@ def load_factory(file: Path, name: str) -> Target:
     return _checked(made, f"{file}:{name}")
 
 
-def _import(file: Path) -> ModuleType:
+def import_file(file: Path) -> ModuleType:
+    """Run a file of the user's as a module. Raises TargetError."""
     if not file.is_file():
         raise TargetError(f"{file}: there is no such file.", f"Looked for it at {file.resolve()}.")
     spec = importlib.util.spec_from_file_location(f"latent_target_{file.stem}", file)

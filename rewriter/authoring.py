@@ -1,0 +1,116 @@
+"""Everything that a rewrite or a pattern of one's own needs beside `latent` itself, in one place.
+
+from latent.rewriter.authoring import AttentionSite, Benefit, Cost, Emitter, Match, Refusal, score_form
+"""
+
+from .axes import Axis, Dim, Layout, same_size, size_of
+from .canonical import (
+    Canonical,
+    Scoring,
+    computed_in,
+    emit_attention,
+    emit_mask,
+    emit_query_key,
+    emit_result,
+    emit_sinks,
+    place,
+    width_of,
+)
+from .emit import Emitter
+from .layouts import is_cast, is_tensor, layout_step, shape_of
+from .nodes import args_of, argument
+from .origins.pieces import (
+    Activation,
+    CacheRead,
+    Found,
+    Narrow,
+    Norm,
+    Piece,
+    Projection,
+    Reading,
+    Rope,
+    ScaleBy,
+    origins,
+)
+from .provenance import module_path, source_line
+from .rules import Benefit, Cost, Match, Refusal, Rewrite
+from .scalars import read_scalar
+from .score_form import ScoreForm, Unusual, score_form, unusual_weights
+from .sites import (
+    AttentionCall,
+    AttentionSite,
+    Bias,
+    Cast,
+    Dropout,
+    Fill,
+    Gate,
+    Operand,
+    Scale,
+    ScoreStep,
+    Sink,
+    SoftmaxSpelling,
+    Tanh,
+    WeightStep,
+)
+
+__all__ = [
+    "Activation",
+    "AttentionCall",
+    "AttentionSite",
+    "Axis",
+    "Benefit",
+    "Bias",
+    "CacheRead",
+    "Canonical",
+    "Cast",
+    "Cost",
+    "Dim",
+    "Dropout",
+    "Emitter",
+    "Fill",
+    "Found",
+    "Gate",
+    "Layout",
+    "Match",
+    "Narrow",
+    "Norm",
+    "Operand",
+    "Piece",
+    "Projection",
+    "Reading",
+    "Refusal",
+    "Rewrite",
+    "Rope",
+    "Scale",
+    "ScaleBy",
+    "ScoreForm",
+    "ScoreStep",
+    "Scoring",
+    "Sink",
+    "SoftmaxSpelling",
+    "Tanh",
+    "Unusual",
+    "WeightStep",
+    "args_of",
+    "argument",
+    "computed_in",
+    "emit_attention",
+    "emit_mask",
+    "emit_query_key",
+    "emit_result",
+    "emit_sinks",
+    "is_cast",
+    "is_tensor",
+    "layout_step",
+    "module_path",
+    "origins",
+    "place",
+    "read_scalar",
+    "same_size",
+    "score_form",
+    "shape_of",
+    "size_of",
+    "source_line",
+    "unusual_weights",
+    "width_of",
+]

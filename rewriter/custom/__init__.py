@@ -1,0 +1,1 @@
+"""Rewrites as two functions of plain PyTorch, and their checks."""
