@@ -20,6 +20,18 @@ def test_every_folder_with_code_is_a_package_that_is_installed() -> None:
     assert names | {"latent"} == set(PROJECT["tool"]["setuptools"]["packages"])
 
 
+def test_every_other_file_in_a_package_is_its_data() -> None:
+    given = PROJECT["tool"]["setuptools"]["package-data"]
+    listed = {
+        path
+        for package, patterns in given.items()
+        for pattern in patterns
+        for path in ROOT.joinpath(*package.split(".")[1:]).glob(pattern)
+    }
+    there = {path for folder in INSTALLED for path in (ROOT / folder).rglob("*") if path.is_file()}
+    assert {path for path in there if path.suffix not in (".py", ".pyc", ".md")} <= listed
+
+
 def test_kernels_is_no_regular_package() -> None:
     """It would shadow the Hugging Face package of that name for whoever runs from the root."""
     assert not (ROOT / "kernels" / "__init__.py").exists()

@@ -16,7 +16,7 @@ from latent.rewriter.environment import Run
 from latent.rewriter.explain import record
 from latent.rewriter.page.reading import Material, of_recorded, read_dump, report_of
 from latent.rewriter.page.render import MissingJinja, render
-from latent.rewriter.report import Break, GraphReport, Report
+from latent.rewriter.report import Break, Report
 from torch import nn
 from typer.testing import CliRunner
 
@@ -117,7 +117,7 @@ def test_verdict_and_layers(page):
     assert page.all("div", "verdict warn")
     strip = [(a["class"].split()[1], a["title"].partition(":")[0], text) for a, text in page.all("span", "cell")]
     good = [("good", f"layers.{n}", str(n)) for n in range(3)]
-    assert strip == [*good, ("warn", "layers.3", "3")]
+    assert strip == [*good, ("warn", "layers.3", "3?")]
 
 
 def test_tables(page):
@@ -155,6 +155,31 @@ def test_the_mask_is_drawn_from_its_proof(four, page):
     assert svg[0]["viewbox"] == "-0.5 -0.5 11 11"
     path = next(a["d"] for a, _ in page.all("path", "seen"))
     assert path.startswith("M0 0h1v1h-1zM0 1h2v1h-2z") and path.count("M") == 10
+
+
+def test_what_a_tensor_decides_is_drawn_apart():
+    def attend(q, padding):
+        hidden = torch.ones(6, 6, dtype=torch.bool).triu(1) | padding[:, None, None, :]
+        return (q @ q.mT).masked_fill(hidden, float("-inf")).softmax(-1) @ q
+
+    made, report, _ = material(attend, torch.randn(2, 3, 6, 8), torch.zeros(2, 6, dtype=torch.bool))
+    assert report.sites[0].mask == "causal, padding"
+    assert report.sites[0].picture == tuple("?" * (n + 1) + "." * (5 - n) for n in range(6))
+    page = Page(render(made))
+    assert page.all("path", "unsure") and not page.all("path", "seen")
+    assert any("a tensor decides" in text for text in page.texts("figcaption"))
+
+
+def test_large_masks_are_sampled():
+    def attend(q):
+        i, j = torch.arange(1000)[:, None], torch.arange(1000)[None]
+        return (q @ q.mT).masked_fill((j > i) | (j <= i - 500), float("-inf")).softmax(-1) @ q
+
+    site = material(attend, torch.randn(1, 1, 1000, 4))[1].sites[0]
+    assert site.mask == "causal, window 500"
+    kept = torch.linspace(0, 999, 32).round()
+    seen = (kept[None] <= kept[:, None]) & (kept[None] > kept[:, None] - 500)
+    assert site.picture == tuple("".join(".#"[each] for each in row) for row in seen.tolist())
 
 
 def test_predictions(page):
@@ -201,13 +226,29 @@ def test_no_attention():
     assert page.all("div", "verdict quiet") and not page.all("table", "sites") and not page.all("span", "cell")
 
 
-def test_a_failed_compilation_and_nothing_compiled():
-    failed = GraphReport("graph 0 [0/0]", 12, (), (), (), failure="normal form: RuntimeError: <no such operator>")
-    page = Page(render(Material(Report((failed,), ()), RUN)))
+def test_a_failed_compilation_and_nothing_compiled(monkeypatch):
+    def fail(graph):
+        raise RuntimeError("<no such operator>")
+
+    monkeypatch.setattr("latent.rewriter.backend.normalise", fail)
+    page = Page(render(material(Model(1).eval(), torch.randn(2, 10, 16))[0]))
     assert "could not read this model (the stage “normal form” failed)" in page.texts("p", "sentence")[0]
     assert any("RuntimeError: <no such operator>" in text for text in page.texts("div", "verdict bad"))
     empty = Page(render(Material(Report(()), RUN)))
     assert empty.texts("p", "sentence")[0].startswith("Nothing was compiled")
+
+
+def test_many_graphs_and_large_kernels_stay_small(four):
+    made, report, _ = four
+    graphs = tuple(dataclasses.replace(report.graphs[0], name=f"graph {n} [{n}/0]") for n in range(40))
+    graph = made.graphs[report.graphs[0].name]
+    graph = dataclasses.replace(graph, kernels={"large.cpp": "<" * 1_000_000})
+    text = render(Material(Report(graphs), RUN, {each.name: graph for each in graphs}))
+    page = Page(text)
+    assert len(page.all("h2")) == 8 + 2 and any("32 more graphs" in p for p in page.texts("p"))
+    assert any("graph 39 [39/0]" in table for table in page.texts("table"))
+    assert any(text.startswith("1000000 characters are left out here") for text in page.texts("pre"))
+    assert len(text.encode()) < LIMIT
 
 
 def test_recompilations_and_breaks(four):

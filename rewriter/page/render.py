@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +37,8 @@ __all__ = ["MissingJinja", "render", "require_jinja", "write"]
 TEMPLATES = Path(__file__).with_name("templates")
 SHOWN = 8
 """Graphs that are shown in full; a model cut into more has them in the table of graphs."""
-RAW = 2_000_000
-"""Characters of kernels and plans in a page."""
+RAW = 3_000_000
+"""Bytes of kernels and plans in a page."""
 
 
 class MissingJinja(ImportError):
@@ -83,7 +84,7 @@ def render(material: Material) -> str:
     room = RAW
     for graph in shown[:SHOWN]:
         section = _section(graph, material.graphs.get(graph.name, Graph()), graph.frame in frames, room)
-        room -= sum(map(len, section.kernels.values())) + len(section.plan)
+        room -= sum(map(_bytes, (*section.kernels.values(), section.plan)))
         frames.add(graph.frame)
         sections.append(section)
     return (
@@ -164,9 +165,13 @@ def _within(texts: Mapping[str, str], room: int) -> dict[str, str]:
     """Texts as long as there is room for them."""
     kept = {}
     for name, text in texts.items():
-        room -= len(text)
+        room -= _bytes(text)
         kept[name] = text if room >= 0 else f"{len(text)} characters are left out here; `latent dump` writes them."
     return kept
+
+
+def _bytes(text: str) -> int:
+    return len(escape(text).encode("utf-8"))
 
 
 def _json(data: Mapping[str, Any]) -> str:

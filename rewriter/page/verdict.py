@@ -115,8 +115,9 @@ def _figures(report: Report) -> Iterator[Figure]:
     )
     yield Figure("rewritten", str(sum(len(_rewritten(graph)) for graph in graphs)), _classes(graphs))
     errors = [v.error for graph in graphs for v in graph.verdicts if v.error is not None and v.outcome == "applied"]
-    largest = "relative error " + (f"{max(errors):.0e}" if any(errors) else "0")
-    yield Figure("certificates", str(sum(graph.certificates for graph in graphs)), largest if errors else "none needed")
+    if errors:
+        largest = f"{max(errors):.0e}" if any(errors) else "0"
+        yield Figure("certificates", str(sum(graph.certificates for graph in graphs)), f"relative error {largest}")
     estimates = [v.estimate for graph in graphs for v in graph.verdicts if v.estimate and v.outcome == "applied"]
     if estimates:
         saved = sum(e.bytes_before - e.bytes_after for e in estimates)
@@ -125,7 +126,8 @@ def _figures(report: Report) -> Iterator[Figure]:
     breaks = "" if report.breaks is None else count(len(report.breaks), "break") + ", "
     yield Figure("graphs", str(frames), breaks + count(len(report.graphs), "compilation"))
     seconds = sum(sum(graph.seconds.values()) for graph in report.graphs)
-    yield Figure("latent took", f"{seconds:.2f} s", "compilation by inductor not counted")
+    if seconds:
+        yield Figure("latent took", f"{seconds:.2f} s", "compilation by inductor not counted")
 
 
 def _classes(graphs: tuple[GraphReport, ...]) -> str:
