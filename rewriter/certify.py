@@ -58,8 +58,7 @@ class Comparison:
     ) -> Comparison:
         """`new` are the nodes that were built for `replacement`, `evaluate` those whose values the match relies on."""
         new = set(new)
-        sized = aten.sym_size.int  # whose size alone is read is no input: both sides compute it
-        read = {node for added in new if added.target is not sized for node in added.all_input_nodes}
+        read = {node for added in new for node in _made_of(added)}
         inputs = {_bare(node) for node in read - new - {original}} - _ancestors(evaluate) - {original}
         needed = _needed(original, inputs) | _needed(replacement, inputs)
         return cls(original, replacement, tuple(sorted(needed)), frozenset(inputs))
@@ -83,6 +82,11 @@ def _bare(node: fx.Node) -> fx.Node:
     return node
 
 
+def _made_of(node: fx.Node) -> list[fx.Node]:
+    """What has to be computed before a node: not a tensor of which it takes the size alone, which is known."""
+    return [] if node.target is aten.sym_size.int else node.all_input_nodes
+
+
 def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     found: set[fx.Node] = set()
     pending = list(nodes)
@@ -90,7 +94,7 @@ def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
         node = pending.pop()
         if node not in found:
             found.add(node)
-            pending.extend(node.all_input_nodes)
+            pending.extend(_made_of(node))
     return {node for node in found if node.op != "placeholder"}
 
 
@@ -103,7 +107,7 @@ def _needed(node: fx.Node, inputs: set[fx.Node]) -> set[fx.Node]:
             continue
         found.add(top)
         if top not in inputs:
-            pending.extend(top.all_input_nodes)
+            pending.extend(_made_of(top))
     return found
 
 
@@ -122,7 +126,7 @@ def _run(nodes: Iterable[fx.Node], inputs: frozenset[fx.Node]) -> dict[fx.Node, 
     values: dict[fx.Node, Any] = {}
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for node in nodes:
-            if node in inputs or node.op == "placeholder":
+            if node in inputs or node.op == "placeholder" or node.target is aten.sym_size.int:
                 values[node] = _random(node.meta.get("val"), generator)
             elif node.op == "get_attr":
                 values[node] = _widened(getattr(node.graph.owning_module, str(node.target)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import latent
 import pytest
 import torch
 from rewrite_tools import outcome
@@ -73,3 +74,15 @@ def test_a_mask_that_is_an_input_is_never_assumed() -> None:
 def test_a_mask_that_hides_nothing_is_dropped() -> None:
     found = outcome("replace_proven_mask", lambda q, k, v: masked(q, k, v, torch.arange(S)[None] >= 0), *qkv())
     assert found.verdict.outcome == "applied" and found.error < 1e-5
+
+
+def test_symbolic_sizes_do_not_bring_the_layers_before_into_a_certificate() -> None:
+    """A whole model on random numbers overflows; of the layers before only sizes are read."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 64, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attn_implementation": "eager"}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).eval()
+    with torch.no_grad():
+        report = latent.explain(model, dynamic=True)(input_ids=torch.arange(8)[None])
+    assert report.count("replace_proven_mask") == 3, report

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
 
-from ..report_text import WIDTH, collapse
+from ..report_text import collapse, hanging
 from .compare import Comparison, Line, ModuleDiff
 
 __all__ = ["render", "stat"]
@@ -52,19 +51,15 @@ def _flow(module: ModuleDiff) -> Iterator[str]:
         lines = list(run)
         if sign == "~":
             for same, group in groupby(lines, lambda line: (_short(line), line.note)):
-                yield from _hanging("  ~ ", f"{_times(same[0], len(list(group)))}   {same[1]}")
+                yield from hanging("  ~ ", f"{_times(same[0], len(list(group)))}   {same[1]}")
             continue
         steps = [_times(text, len(list(group))) for text, group in groupby(lines, _short)]
         whole = "\N{NO-BREAK SPACE}· ".join(
             step.replace(" ", "\N{NO-BREAK SPACE}") for step in steps
         )  # lines break between steps
-        yield from (text.replace("\N{NO-BREAK SPACE}", " ") for text in _hanging(f"  {sign} ", whole))
+        yield from (text.replace("\N{NO-BREAK SPACE}", " ") for text in hanging(f"  {sign} ", whole))
         if rewrites := list(dict.fromkeys(line.note for line in lines if line.note)):
-            yield from _hanging("    ", f"by {', '.join(rewrites)}")
-
-
-def _hanging(start: str, text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, initial_indent=start, subsequent_indent=" " * len(start))
+            yield from hanging("    ", f"by {', '.join(rewrites)}")
 
 
 def _short(line: Line) -> str:
