@@ -138,7 +138,7 @@ def test_a_layer_that_changed_stands_alone() -> None:
     other.layers[2] = Hotter()
     text = render(compare(captured(one, x), captured(other, x)))
     assert re.search(r"^layers\.2$", text, re.M) and "× 4" not in text
-    assert "+ mul f32[2, 12, 16]" in text and "1 modules differ" not in text.replace("11 modules", "")
+    assert "+ mul f32[2, 12, 16]" in text
 
 
 def test_versions_of_a_library() -> None:

@@ -57,7 +57,7 @@ def render(differences: Sequence[Comparison]) -> str:
 def _summary(difference: Comparison) -> str:
     if difference.equal:
         return f"No difference in {difference.same} modules."
-    return f"{sum(len(m.paths) for m in difference.modules)} modules differ, {difference.same} do not."
+    return f"Modules that differ: {sum(len(m.paths) for m in difference.modules)}; the same: {difference.same}."
 
 
 def _sections(difference: Comparison) -> Iterator[tuple[str, list[Row]]]:

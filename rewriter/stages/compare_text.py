@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
 
-from ..report_text import collapse, hanging
+from ..report_text import WIDTH, collapse
 from .compare import Comparison, Line, ModuleDiff
 
 __all__ = ["render", "stat"]
@@ -51,15 +52,19 @@ def _flow(module: ModuleDiff) -> Iterator[str]:
         lines = list(run)
         if sign == "~":
             for same, group in groupby(lines, lambda line: (_short(line), line.note)):
-                yield from hanging("  ~ ", f"{_times(same[0], len(list(group)))}   {same[1]}")
+                yield from _hanging("  ~ ", f"{_times(same[0], len(list(group)))}   {same[1]}")
             continue
         steps = [_times(text, len(list(group))) for text, group in groupby(lines, _short)]
         whole = "\N{NO-BREAK SPACE}· ".join(
             step.replace(" ", "\N{NO-BREAK SPACE}") for step in steps
         )  # lines break between steps
-        yield from (text.replace("\N{NO-BREAK SPACE}", " ") for text in hanging(f"  {sign} ", whole))
+        yield from (text.replace("\N{NO-BREAK SPACE}", " ") for text in _hanging(f"  {sign} ", whole))
         if rewrites := list(dict.fromkeys(line.note for line in lines if line.note)):
-            yield from hanging("    ", f"by {', '.join(rewrites)}")
+            yield from _hanging("    ", f"by {', '.join(rewrites)}")
+
+
+def _hanging(start: str, text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=start, subsequent_indent=" " * len(start))
 
 
 def _short(line: Line) -> str:
@@ -97,4 +102,4 @@ def _same(difference: Comparison) -> str:
     modules = sum(len(module.paths) for module in difference.modules)
     if difference.equal:
         return f"no difference in {difference.same} modules"
-    return f"{modules} modules differ, {difference.same} do not"
+    return f"{modules} {'module differs' if modules == 1 else 'modules differ'}, {difference.same} the same"

@@ -30,7 +30,8 @@ def head(stage: Stage) -> str:
     """How large it is."""
     weights = sum(node.weight for node in stage.inputs)
     ours = sum(node.ours for node in stage.calls)
-    text = f"{len(stage.calls)} calls, {len(stage.inputs) - weights} inputs, {weights} weights"
+    numbers = {"call": len(stage.calls), "input": len(stage.inputs) - weights, "weight": weights}
+    text = ", ".join(f"{number} {noun}{'s' * (number != 1)}" for noun, number in numbers.items())
     return text + (f", {ours} of latent::" if ours else "")
 
 
