@@ -7,11 +7,13 @@ import textwrap
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
+from .units import plural, size_text
+
 if TYPE_CHECKING:
     from .report import GraphReport, MissReport, Report, SiteReport
     from .rules import Verdict
 
-__all__ = ["MARKS", "collapse", "grouped", "hanging", "render", "render_report", "size_text"]
+__all__ = ["MARKS", "collapse", "grouped", "hanging", "render", "render_report"]
 
 Item = TypeVar("Item")
 Block = tuple[str, ...]
@@ -130,10 +132,10 @@ def _misses(misses: Sequence[MissReport], code: bool = True) -> Iterator[Block]:
 
 def _summary(report: Report) -> str:
     frames, compilations = len({graph.frame for graph in report.graphs}), len(report.graphs)
-    counts = [_count(frames, "graph")]
+    counts = [plural(frames, "graph")]
     if report.breaks is not None:
-        counts.append(_count(len(report.breaks), "graph break"))
-    return " · ".join([*counts, _count(compilations, "compilation")])
+        counts.append(plural(len(report.breaks), "graph break"))
+    return " · ".join([*counts, plural(compilations, "compilation")])
 
 
 def _breaks(report: Report) -> Iterator[str]:
@@ -192,18 +194,5 @@ def hanging(start: str, text: str) -> list[str]:
     return textwrap.wrap(text, width, initial_indent=start, subsequent_indent=" " * len(start)) or [start.rstrip()]
 
 
-def size_text(number: float) -> str:
-    """Bytes with three digits: "14.2 kB"."""
-    for unit in ("B", "kB", "MB"):
-        if number < 999.5:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} GB"
-
-
 def _times(same: Sequence[object]) -> str:
     return f" × {len(same)}" if len(same) > 1 else ""
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -10,7 +10,7 @@ import torch
 from latent.rewriter.describe import Shape
 from latent.rewriter.options import Options
 from latent.rewriter.report import Break, GraphReport, MissReport, Report, SiteReport
-from latent.rewriter.rules import Verdict
+from latent.rewriter.rules import Estimate, Verdict
 from torch import nn
 
 
@@ -248,7 +248,8 @@ def test_the_nearest_misses_alone():
 
 
 def test_bytes_are_summed_over_equal_sites():
-    verdicts = tuple(Verdict(n, "fuse_attention", "applied", error=1e-16, moved=(2000.0, 500.0)) for n in range(2))
+    estimate = Estimate(8000, 2000, 8000, 500)
+    verdicts = tuple(Verdict(n, "fuse_attention", "applied", error=1e-16, estimate=estimate) for n in range(2))
     assert "1e-16 in fp64 · moves 4 kB → 1 kB" in str(Report((dataclasses.replace(graph(), verdicts=verdicts),)))
 
 

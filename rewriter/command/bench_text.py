@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...kernels.machine import Machine
-from ..report_text import size_text
+from ..units import plural, size_text
 from .bench import Bench, PhaseResult
 from .targets import TargetError
 
@@ -16,7 +16,7 @@ __all__ = ["import_matplotlib", "plot", "render"]
 
 def render(result: Bench) -> str:
     """The table."""
-    head = f"{result.target} · {result.dtype} · {result.device} · {_count(result.threads, 'thread')}"
+    head = f"{result.target} · {result.dtype} · {result.device} · {plural(result.threads, 'thread')}"
     lines = [head, *(f"  {note}" for note in result.notes)]
     lines.append(f"  the device reaches {result.machine}")
     for phase in result.phases:
@@ -75,7 +75,7 @@ def plot(result: Bench, path: Path) -> None:
         panel.set_title(" ".join(phase.title.split()), fontsize=9)
         panel.set_ylabel("ms, median and range")
         panel.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{result.target} · {result.dtype} · {_count(result.threads, 'thread')}", fontsize=10)
+    figure.suptitle(f"{result.target} · {result.dtype} · {plural(result.threads, 'thread')}", fontsize=10)
     figure.tight_layout()
     try:
         figure.savefig(path, dpi=160)
@@ -103,7 +103,3 @@ def _ms(seconds: float) -> str:
     """Milliseconds with three digits or all before the point."""
     value = 1e3 * seconds
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

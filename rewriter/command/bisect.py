@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from ..units import plural
 from .common import (
     EXPECTATION,
     FromConfig,
@@ -110,9 +111,9 @@ def _conclusion(result: Bisection, command: str) -> Iterator[str]:
     last = result.steps[-1]
     if result.verdict == "good":
         number = len(last.applications)
-        yield f"the output stays within the tolerance with {_count(number, 'application')} of rewrites"
+        yield f"the output stays within the tolerance with {plural(number, 'application')} of rewrites"
     elif result.verdict == "bad":
-        yield f"the output leaves the tolerance with {_count(len(last.applications), 'application')} of rewrites"
+        yield f"the output leaves the tolerance with {plural(len(last.applications), 'application')} of rewrites"
         yield from ([f"  {last.failure}"] if last.failure else [])
     elif result.verdict == "elsewhere":
         yield "no rewrite is to blame: without any (fuel 0) the output leaves the tolerance as well"
@@ -141,7 +142,3 @@ def _command(context: typer.Context) -> str:
             words += [*parameter.opts[:1]] if parameter.param_type_name == "option" else []
             words += [] if one is True else [str(getattr(one, "value", one))]
     return shlex.join(words)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

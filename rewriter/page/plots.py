@@ -13,7 +13,7 @@ from ..report import GraphReport, SiteReport
 from ..report_text import grouped
 from ..rules import RIDGE, Estimate
 from ..stages.view import Ref, Stage
-from .units import flops, less, number, size
+from ..units import flops_text, less, number_text, size_text
 
 __all__ = ["Bar", "Cache", "Pair", "Roofline", "Tick", "bars", "cache", "roofline"]
 
@@ -84,9 +84,9 @@ def bars(graph: GraphReport) -> tuple[Bar, ...]:
     most_flops = max((max(e.flops_before, e.flops_after) for _, e in totals), default=0)
     found = []
     for name, e in totals:
-        found.append(_bar(name, "bytes moved", e.bytes_before, e.bytes_after, most_bytes, size))
+        found.append(_bar(name, "bytes moved", e.bytes_before, e.bytes_after, most_bytes, size_text))
         if e.flops_before != e.flops_after:
-            found.append(_bar(name, "operations", e.flops_before, e.flops_after, most_flops, flops))
+            found.append(_bar(name, "operations", e.flops_before, e.flops_after, most_flops, flops_text))
     return tuple(found)
 
 
@@ -187,13 +187,13 @@ def cache(graph: GraphReport, rewritten: Stage | None) -> Cache | None:
     lengths = (1024, 32768, 65536, 98304, 131072)
     span = LENGTHS[1] - LENGTHS[0]
     return Cache(
-        f"{number(round(old))} B",
-        f"{number(round(new))} B",
+        f"{number_text(round(old))} B",
+        f"{number_text(round(new))} B",
         less(old, new),
         line(old),
         line(new),
         tuple(Tick(round(WIDTH * (n - LENGTHS[0]) / span, 1), f"{n // 1024}k") for n in lengths),
-        tuple(Tick(y(most * share), size(most * share)) for share in (0, 0.5, 1)),
+        tuple(Tick(y(most * share), size_text(most * share)) for share in (0, 0.5, 1)),
     )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..report import GraphReport
 from ..report_text import collapse, grouped
+from ..units import plural
 from .plots import Bar, Cache, Roofline, bars, cache, roofline
 from .reading import Graph, Material
 from .sides import Sides, sides
@@ -26,7 +27,6 @@ from .tables import (
     rewrite_rows,
     site_rows,
 )
-from .units import count
 from .verdict import figures, verdict
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def render(material: Material) -> str:
             report=report,
             breaks=[(same[0], len(same)) for same in grouped(report.breaks or (), lambda b: b)],
             bug_report=_bug_report(material),
-            count=count,
+            plural=plural,
         )
     )
 

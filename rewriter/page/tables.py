@@ -11,7 +11,7 @@ from typing import Any
 from ..report import GraphReport, MissReport, SiteReport
 from ..report_text import MARKS, collapse, grouped
 from ..rules import Verdict
-from .units import size
+from ..units import size_text
 from .verdict import Tone
 
 __all__ = ["Cell", "Ladder", "Mask", "RewriteRow", "SiteRow", "cells", "ladders", "masks", "rewrite_rows", "site_rows"]
@@ -198,7 +198,7 @@ def _detail(same: Sequence[Verdict]) -> str:
 
 def _saving(same: Sequence[Verdict]) -> str:
     known = [v.estimate for v in same if v.estimate is not None and v.outcome == "applied"]
-    return f"−{size(sum(e.bytes_before - e.bytes_after for e in known))}" if known else ""
+    return f"−{size_text(sum(e.bytes_before - e.bytes_after for e in known))}" if known else ""
 
 
 # ** masks **

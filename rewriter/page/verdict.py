@@ -8,7 +8,7 @@ from typing import Literal
 
 from ..report import GraphReport, Report
 from ..rules import Verdict as Judged
-from .units import count, size
+from ..units import plural, size_text
 
 __all__ = ["Figure", "Tone", "Verdict", "figures", "first_compilations", "verdict"]
 
@@ -78,7 +78,7 @@ def _proof(report: Report) -> str:
     proven = sum(bool(v.certificate) and v.error is not None for v in applied)
     if proven == len(applied):
         return "every rewrite was checked in double precision to give the same result"
-    return f"{proven} of {count(len(applied), 'rewrite')} were checked in double precision to give the same result"
+    return f"{proven} of {plural(len(applied), 'rewrite')} were checked in double precision to give the same result"
 
 
 def _details(report: Report) -> Iterator[str]:
@@ -86,11 +86,11 @@ def _details(report: Report) -> Iterator[str]:
     failed = [graph for graph in report.graphs if graph.failure]
     if failed and not all(graph.failure for graph in graphs):
         verb = "was" if len(failed) == 1 else "were"
-        yield f"{count(len(failed), 'graph')} of {len(report.graphs)} could not be read and {verb} left as it is."
+        yield f"{plural(len(failed), 'graph')} of {len(report.graphs)} could not be read and {verb} left as it is."
     if wrong := _went_wrong(report):
-        yield f"{count(len(wrong), 'rewrite')} went wrong and the nodes were put back: please report it."
+        yield f"{plural(len(wrong), 'rewrite')} went wrong and the nodes were put back: please report it."
     if report.breaks:
-        yield f"{count(len(report.breaks), 'graph break')} cut the model; attention is not seen across a break."
+        yield f"{plural(len(report.breaks), 'graph break')} cut the model; attention is not seen across a break."
 
 
 def _went_wrong(report: Report) -> list[Judged]:
@@ -121,10 +121,10 @@ def _figures(report: Report) -> Iterator[Figure]:
     estimates = [v.estimate for graph in graphs for v in graph.verdicts if v.estimate and v.outcome == "applied"]
     if estimates:
         saved = sum(e.bytes_before - e.bytes_after for e in estimates)
-        yield Figure("memory traffic", f"−{size(saved)}", "predicted, in each call")
+        yield Figure("memory traffic", f"−{size_text(saved)}", "predicted, in each call")
     frames = len({graph.frame for graph in report.graphs})
-    breaks = "" if report.breaks is None else count(len(report.breaks), "break") + ", "
-    yield Figure("graphs", str(frames), breaks + count(len(report.graphs), "compilation"))
+    breaks = "" if report.breaks is None else plural(len(report.breaks), "break") + ", "
+    yield Figure("graphs", str(frames), breaks + plural(len(report.graphs), "compilation"))
     seconds = sum(sum(graph.seconds.values()) for graph in report.graphs)
     if seconds:
         yield Figure("latent took", f"{seconds:.2f} s", "compilation by inductor not counted")
@@ -132,4 +132,4 @@ def _figures(report: Report) -> Iterator[Figure]:
 
 def _classes(graphs: tuple[GraphReport, ...]) -> str:
     names = {v.rewrite for graph in graphs for v in graph.verdicts if v.outcome == "applied"}
-    return f"by {count(len(names), 'rewrite')}" if names else "no rewrite applied"
+    return f"by {plural(len(names), 'rewrite')}" if names else "no rewrite applied"

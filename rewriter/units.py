@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["count", "flops", "less", "number", "size"]
+__all__ = ["flops_text", "less", "number_text", "plural", "size_text"]
 
 
-def size(value: float) -> str:
-    """Bytes: 1.23 MB."""
+def size_text(value: float) -> str:
+    """Bytes with three digits: 14.2 kB."""
     return _scaled(value, ("B", "kB", "MB", "GB", "TB"))
 
 
-def flops(value: float) -> str:
+def flops_text(value: float) -> str:
     """Operations: 1.23 GFLOP."""
     return _scaled(value, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"))
 
@@ -31,10 +31,11 @@ def less(before: float, after: float) -> str:
     return f"{'+' if change > 0 else '−'}{abs(change)} %"
 
 
-def count(value: int, noun: str) -> str:
+def plural(value: int, noun: str) -> str:
+    """1 graph, 2 graphs."""
     return f"{value} {noun}" if value == 1 else f"{value} {noun}s"
 
 
-def number(value: int) -> str:
+def number_text(value: int) -> str:
     """With thin spaces between thousands."""
     return f"{value:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
