@@ -22,8 +22,9 @@ $(VENV)/.weights: $(VENV)/.ready
 demo: $(VENV)/.weights
 	$(BIN)/latent demo
 
+# A process for each core; their threads yield the cores to each other while they wait.
 test: setup
-	$(BIN)/python -m pytest -q -ra
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -ra -n auto --dist worksteal --durations=15
 
 # Types are checked under the name that the package is imported by, whatever the checkout's folder is called.
 lint: setup
