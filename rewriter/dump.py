@@ -19,8 +19,6 @@ from torch import fx
 
 from .certify import Certificate
 from .compat import debug_folder, emit_trace_artifact, trace_enabled
-from .dump_folder import Content, Folder
-from .dump_index import describe_graph, describe_graphs
 from .environment import Run
 from .kernel_sources import KernelSource, kernel_sources
 from .options import Options
@@ -28,6 +26,8 @@ from .registry import rewrites
 from .report import GraphReport, Report, render
 from .rewrite import Rewritten
 from .stages import dot, python, svg, text
+from .stages.folder import Content, Folder
+from .stages.index import describe_graph, describe_graphs
 from .stages.layer import cut, layer_path
 from .stages.nesting import nest
 from .stages.record import Recorder

@@ -18,8 +18,8 @@ from corpus import ALL
 from latent.kernels import generated, latent_attention
 from latent.rewriter.command.cli import app
 from latent.rewriter.dump import FORMATS, Choices, Recorded, write_dump
-from latent.rewriter.dump_folder import DumpError, Folder
 from latent.rewriter.explain import record
+from latent.rewriter.stages.folder import DumpError, Folder
 from latent.rewriter.stages.layer import cut, layer_path
 from latent.rewriter.stages.view import STAGES, Stage
 from torch import nn

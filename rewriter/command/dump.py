@@ -91,9 +91,9 @@ def dump(
         import torch
 
         from ..dump import FORMATS, Choices, write_dump
-        from ..dump_folder import DumpError
         from ..environment import Run, environment
         from ..explain import record
+        from ..stages.folder import DumpError
         from ..stages.view import STAGES
 
         with progress("tracing and rewriting"), torch.no_grad():

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from .report_text import collapse, grouped
-from .stages.text import head
+from ..report_text import collapse, grouped
+from .text import head
 
 if TYPE_CHECKING:
-    from .dump import Recorded
+    from ..dump import Recorded
 
 __all__ = ["describe_graph", "describe_graphs"]
 
