@@ -135,7 +135,9 @@ def test_the_scaffold_passes_as_generated(tmp_path: Path) -> None:
     )
     assert tests.returncode == 0, tests.stdout + tests.stderr
     assert "3 passed" in tests.stdout
-    lint = subprocess.run(["ruff", "check", "--select", "F,E,I", "--line-length", "120", str(tmp_path)], check=False)
+    lint = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--select", "F,E,I", "--line-length", "120", str(tmp_path)], check=False
+    )
     assert lint.returncode == 0
 
 

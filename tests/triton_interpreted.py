@@ -188,7 +188,7 @@ def test_totals_join_results_over_parts_of_the_keys(splits: int, sinks: bool) ->
     run(load(spec, source_of(spec)), plan)
     expected = exact(call)
     assert torch.equal(out.isneginf(), expected.isneginf())
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=2e-6)
 
 
 def test_a_cache_beyond_32_bit_offsets() -> None:
