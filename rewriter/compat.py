@@ -418,7 +418,8 @@ def is_opened_while_compiling(target: object, gradients: bool) -> bool:
     if not isinstance(target, OpOverload) or target.namespace in ("aten", "prims", "latent"):
         return False
     keys = ["CompositeImplicitAutograd", *(["Autograd"] if gradients else [])]
-    return any(torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), key) for key in keys)  # 2.13
+    name: str = target.name()  # type: ignore[no-untyped-call]
+    return any(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in keys)  # 2.13
 
 
 def hand_to_aot(
@@ -428,7 +429,7 @@ def hand_to_aot(
     decompositions: Mapping[OpOverload, Callable[..., Any]],
 ) -> Callable[..., Any]:
     """`gm` in functional ATen without gradients, given to `compiler`. Takes ownership of `gm`."""
-    from functorch.compile import make_boxed_func  # 2.13
+    from functorch.compile import make_boxed_func  # type: ignore[import-untyped]  # 2.13
     from torch._dynamo.backends.common import aot_autograd  # 2.13
 
     def forward(graph: fx.GraphModule, examples: Sequence[object]) -> Any:

@@ -102,4 +102,5 @@ def emit_function(emit: Emitter, traced: fx.GraphModule, inputs: Sequence[fx.Nod
     result = traced.graph.output_node().args[0]
     if not isinstance(result, fx.Node):
         raise ValueError(f"{name} does not return one tensor")
-    return placed[result]
+    returned: fx.Node = placed[result]
+    return returned
