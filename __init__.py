@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Any
 from .rewriter.registry import pattern, rewrite
 
 if TYPE_CHECKING:
+    from .rewriter.convert.cache import LatentCache
+    from .rewriter.convert.convert import convert
+    from .rewriter.convert.recipe import recipes
+    from .rewriter.convert.store import load
     from .rewriter.custom import check as testing
     from .rewriter.custom.replacement import replace
     from .rewriter.explain import check, explain
@@ -20,12 +24,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ExpectationFailed",
+    "LatentCache",
     "OptionError",
     "Report",
     "check",
+    "convert",
     "explain",
     "invalidate",
+    "load",
     "pattern",
+    "recipes",
     "replace",
     "reports",
     "rewrite",
@@ -39,7 +47,11 @@ _LATER = {
     "Report": ".rewriter.report",
     "check": ".rewriter.explain",
     "explain": ".rewriter.explain",
+    "LatentCache": ".rewriter.convert.cache",
+    "convert": ".rewriter.convert.convert",
     "invalidate": ".rewriter.prologue",
+    "load": ".rewriter.convert.store",
+    "recipes": ".rewriter.convert.recipe",
     "replace": ".rewriter.custom.replacement",
     "reports": ".rewriter.history",
 }

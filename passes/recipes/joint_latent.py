@@ -1,0 +1,131 @@
+"""One latent for keys and values together, by principal components of both; keys are turned after they were rebuilt.
+
+    z = [k / ρ ; v] before rope     M = Σ z zᵀ     R_r = the r leading eigenvectors of M
+    c = R_rᵀ [W_k / ρ ; W_v] x      k = ρ R_r[k] c + b_k      v = R_r[v] c + b_v
+
+ρ, the ratio of the two halves' root mean squares, keeps the louder of them from taking all components. Biases stay
+outside of the latent. Nothing is cached but c, r numbers for a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...rewriter.convert.attention import ConvertedAttention
+from ...rewriter.convert.calibrate import Calibration
+from ...rewriter.convert.layers import Affine, AttentionLayer, Decoder, Rotary
+from ...rewriter.convert.memory import Memory, heads_of
+from ...rewriter.convert.rank import even_ranks, ranks_by_energy
+from ...rewriter.convert.recipe import Needs, part, recipe
+from ...rewriter.convert.rotation import Turns
+
+__all__ = ["JointLatent", "JointMemory"]
+
+
+@recipe
+@dataclass(frozen=True)
+class JointLatent:
+    """Cache one latent of r numbers instead of keys and values; rebuild both from it.
+
+    `rank` is r for every layer; without it the ranks fit into `share` of the bytes that keys and values take, angles of
+    the positions included. With `ranks="energy"` layers get what their spectra need, at the same total.
+    """
+
+    rank: int | None = None
+    share: float = 0.5
+    ranks: Literal["even", "energy"] = "even"
+    balance: bool = True
+
+    name: ClassVar[str] = "joint_latent"
+    needs: ClassVar[Needs] = "text"
+    exact: ClassVar[str] = "at rank G(d + e), the width of keys and values together"
+
+    def convert(self, attentions: Sequence[ConvertedAttention], decoder: Decoder, calibration: Calibration) -> None:
+        """Put a JointMemory into every attention. Raises ConversionRefused."""
+        moments = calibration.second_moments({layer.path: stacked(layer) for layer in decoder.layers}, self.name)
+        bases = [basis(moments[layer.path], layer, self.balance) for layer in decoder.layers]
+        wanted = even_ranks(decoder, self.share) if self.rank is None else [self.rank] * len(bases)
+        if self.ranks == "energy":
+            wanted = ranks_by_energy([energy for _, energy, _ in bases], sum(wanted))
+        for attention, layer, (vectors, _, rho), rank in zip(attentions, decoder.layers, bases, wanted, strict=True):
+            attention.replace_memory(JointMemory.of(layer, vectors[:, :rank], rho), self.name)
+
+
+def stacked(layer: AttentionLayer) -> Tensor:
+    """[W_k ; W_v], [G(d + e), C]."""
+    return torch.cat((layer.key.flat, layer.value.flat))
+
+
+def basis(moment: Tensor, layer: AttentionLayer, balance: bool = True) -> tuple[Tensor, Tensor, float]:
+    """Eigenvectors of the balanced second moment, the leading ones first, their eigenvalues, and ρ."""
+    keys = layer.groups * layer.key_width
+    rms = moment.diagonal().clamp_min(0).sqrt()
+    rho = float(rms[:keys].mean() / rms[keys:].mean().clamp_min(1e-30)) if balance else 1.0
+    scale = torch.ones_like(rms)
+    scale[:keys] = 1 / rho
+    energy, vectors = torch.linalg.eigh(scale[:, None] * moment * scale)
+    return vectors.flip(1), energy.flip(0).clamp_min(0), rho
+
+
+@part
+class JointMemory(Memory):
+    """c = W x;  k = U_k c, turned;  v = U_v c."""
+
+    turns_late: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        hidden: int,
+        rank: int,
+        groups: int,
+        key_width: int,
+        value_width: int,
+        bias: Sequence[bool],
+        rotary: Rotary | None,
+    ) -> None:
+        super().__init__(rotary)
+        self.groups = groups
+        self.down = nn.Linear(hidden, rank, bias=False)
+        self.up_key = nn.Linear(rank, groups * key_width, bias[0])
+        self.up_value = nn.Linear(rank, groups * value_width, bias[1])
+
+    @classmethod
+    def of(cls, layer: AttentionLayer, vectors: Tensor, rho: float) -> JointMemory:
+        """From an orthonormal basis [G(d + e), r] of the balanced keys and values."""
+        keys = layer.groups * layer.key_width
+        scale = torch.ones(len(vectors), dtype=vectors.dtype, device=vectors.device)
+        scale[:keys] = 1 / rho
+        dtype = layer.key.weight.dtype
+        down = vectors.t() @ (scale[:, None] * stacked(layer).to(vectors))
+        up = vectors / scale[:, None]
+        rank, hidden = down.shape
+        with torch.device("meta"):
+            made = cls(hidden, rank, layer.groups, layer.key_width, layer.value_width, (True, True), layer.rotary)
+        made.down = Affine(down.to(dtype)).linear()
+        made.up_key = Affine(up[:keys].to(dtype), layer.key.bias).linear()
+        made.up_value = Affine(up[keys:].to(dtype), layer.value.bias).linear()
+        return made
+
+    def settings(self) -> dict[str, object]:
+        return {
+            "hidden": self.down.in_features,
+            "rank": self.down.out_features,
+            "groups": self.groups,
+            "key_width": self.up_key.out_features // self.groups,
+            "value_width": self.up_value.out_features // self.groups,
+            "bias": [self.up_key.bias is not None, self.up_value.bias is not None],
+        }
+
+    def new(self, hidden: Tensor, turns: Turns | None) -> tuple[Tensor, Tensor]:
+        latent = self.down(hidden).unsqueeze(1)
+        return latent, latent[..., :0]
+
+    def read(self, first: Tensor, second: Tensor, turns: Turns | None) -> tuple[Tensor, Tensor]:
+        latent = first.squeeze(1)
+        key = heads_of(self.up_key(latent), self.groups)
+        return self.turned(key, turns), heads_of(self.up_value(latent), self.groups)

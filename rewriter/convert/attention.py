@@ -1,0 +1,160 @@
+"""The module that stands where an attention stood: the same call, the same result where nothing was changed.
+
+    q = turn(W_q x)     k, v = memory(x)     o = softmax(scale · q k + mask) v     out = W_o o
+
+Plain PyTorch throughout: what the compiler makes fast, it finds here as in any other model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import AttentionLayer, CallForm, ConversionRefused, Rotary
+from .memory import FullMemory, Memory, heads_of
+from .rotation import Turns, rotate, turns_of
+
+__all__ = ["AttentionForm", "ConvertedAttention", "attend"]
+
+CACHES = ("past_key_values", "layer_past", "past_key_value")
+"""The parameters under which transformers' models hand a cache to their attention."""
+
+
+@dataclass(frozen=True)
+class AttentionForm:
+    """What an attention computes besides its weights. `rotary` is the queries', `turns` tells whose angles it takes."""
+
+    hidden: int
+    heads: int
+    query_width: int
+    value_width: int
+    scale: float
+    cap: float | None
+    bias: tuple[bool, bool]
+    """Of the query's projection, and of the output's."""
+
+    rotary: Rotary | None
+    call: CallForm
+    turns: int = 0
+
+    @classmethod
+    def of(cls, layer: AttentionLayer) -> AttentionForm:
+        return cls(
+            layer.output.weight.shape[0],
+            layer.heads,
+            layer.key_width,
+            layer.value_width,
+            layer.scale,
+            layer.cap,
+            (layer.query.bias is not None, layer.output.bias is not None),
+            layer.rotary,
+            layer.call,
+            layer.turns,
+        )
+
+
+class ConvertedAttention(nn.Module):
+    """Attention with a memory of its own; called as the module it replaces."""
+
+    def __init__(self, form: AttentionForm, memory: Memory) -> None:
+        super().__init__()
+        self.form = form
+        self.query = nn.Linear(form.hidden, form.heads * form.query_width, form.bias[0])
+        self.output = nn.Linear(form.heads * form.value_width, form.hidden, form.bias[1])
+        self.memory = memory
+
+    @classmethod
+    def of(cls, layer: AttentionLayer, memory: Memory | None = None) -> ConvertedAttention:
+        """The layer as it is, or with another memory."""
+        with torch.device("meta"):
+            made = cls(AttentionForm.of(layer), memory or FullMemory.of(layer))
+        made.query = layer.query.linear()
+        made.output = type(layer.output)(layer.output.weight.flatten(1), layer.output.bias).linear()
+        return made
+
+    def replace_memory(self, memory: Memory, recipe: str) -> None:
+        """Raises ConversionRefused where another recipe was here before."""
+        if not isinstance(self.memory, FullMemory):
+            held = type(self.memory).__name__
+            raise ConversionRefused(recipe, f"an earlier recipe put in a {held}; an attention has one memory")
+        self.memory = memory
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(self.form.call.parameters, args, strict=False)) | kwargs
+        hidden = given[self.form.call.parameters[0]]
+        past = next((given[name] for name in CACHES if given.get(name) is not None), None)
+        output = self.output(self.attention(hidden, self.turns(given), given.get("attention_mask"), past))
+        returns = self.form.call.returns
+        return (output, *(None,) * (returns - 1)) if returns else output
+
+    def turns(self, given: dict[str, Any]) -> Turns | None:
+        rotary = self.form.rotary
+        return None if rotary is None else turns_of(given["position_embeddings"], rotary)
+
+    def attention(self, hidden: Tensor, turns: Turns | None, mask: Tensor | None, past: Any) -> Tensor:
+        """What the heads give, side by side: [B, S, H·e]."""
+        query = heads_of(self.query(hidden), self.form.heads)
+        if self.form.rotary is not None and turns is not None:
+            query = rotate(query, turns, self.form.rotary)
+        key, value = self.remember(hidden, turns, past)
+        return attend(query, key, value, mask, self.form.scale, self.form.cap).flatten(2)
+
+    def remember(self, hidden: Tensor, turns: Turns | None, past: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values of earlier calls and of this one.
+
+        Caches that know nothing of memories get keys and values as of any other model where the memory would need the
+        angles of earlier calls.
+        """
+        first, second = self.memory.new(hidden, turns)
+        index = self.form.call.index
+        if past is None:
+            return self.memory.read(first, second, turns)
+        if not self.memory.turns_late:
+            first, second = past.update(first, second, index)
+            return self.memory.read(first, second, turns)
+        if not hasattr(past, "update_turns"):
+            return past.update(*self.memory.read(first, second, turns), index)  # type: ignore[no-any-return]
+        if turns is not None:
+            turns = past.update_turns(turns, index, hidden.shape[0])
+        first, second = past.update(first, second, index)
+        return self.memory.read(first, second, turns)
+
+
+def attend(
+    query_BHSd: Tensor, key_BGTd: Tensor, value_BGTe: Tensor, mask: Tensor | None, scale: float, cap: float | None
+) -> Tensor:
+    """Attention of H heads to G, [B, S, H, e]. Without a mask queries see the keys up to their own.
+
+    `mask` [B, 1 or H, S, T]: true where a key is seen, or numbers that are added.
+    """
+    batch, heads, queries, _ = query_BHSd.shape
+    groups = key_BGTd.shape[1]
+    if mask is not None and mask.shape[-1] != key_BGTd.shape[-2]:
+        mask = mask[..., : key_BGTd.shape[-2]]
+    if cap is not None:
+        return _capped(query_BHSd, key_BGTd, value_BGTe, mask, scale, cap).transpose(1, 2)
+    if queries == 1 and (mask is None or mask.shape[1] == 1):  # heads of a group are rows that read the same keys
+        rows = query_BHSd.view(batch, groups, heads // groups, -1)
+        out = F.scaled_dot_product_attention(rows, key_BGTd, value_BGTe, mask, scale=scale)
+        return out.reshape(batch, 1, heads, -1)
+    causal = mask is None and queries > 1
+    out = F.scaled_dot_product_attention(
+        query_BHSd, key_BGTd, value_BGTe, mask, is_causal=causal, scale=scale, enable_gqa=heads != groups
+    )
+    return out.transpose(1, 2)
+
+
+def _capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, cap: float) -> Tensor:
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    scores = cap * torch.tanh(query @ key.transpose(-1, -2) * (scale / cap))
+    if mask is None:
+        queries = scores.shape[-2]
+        mask = torch.ones(queries, scores.shape[-1], dtype=torch.bool, device=scores.device).tril()
+    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return torch.softmax(scores.float(), -1).to(value.dtype) @ value

@@ -1,0 +1,104 @@
+"""What recipes learn from text: second moments of linear functions of the hidden states that each attention reads."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layers import ConversionRefused
+
+__all__ = ["Calibration", "Progress", "tokens_of"]
+
+Progress = Callable[[str, int, int], None]
+"""Told what is being done, how much of it is done, and how much there is."""
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Text as token ids [N, L], run through the model that is converted, `batch` rows at a time."""
+
+    model: nn.Module
+    tokens: Tensor | None
+    batch: int = 4
+    progress: Progress = _silent
+
+    def required(self, recipe: str) -> Tensor:
+        """The token ids. Raises ConversionRefused where none were given."""
+        if self.tokens is None or self.tokens.numel() == 0:
+            raise ConversionRefused(
+                recipe,
+                "it learns from text, and none was given",
+                "Pass calibrate=texts (and tokenizer=), or token ids.",
+            )
+        return self.tokens
+
+    def batches(self, recipe: str, what: str) -> Iterator[Tensor]:
+        """The rows, `batch` at a time, on the model's device; tells `progress`."""
+        tokens = self.required(recipe)
+        device = next(self.model.parameters()).device
+        for start in range(0, len(tokens), self.batch):
+            self.progress(what, start, len(tokens))
+            yield tokens[start : start + self.batch].to(device)
+        self.progress(what, len(tokens), len(tokens))
+
+    def second_moments(self, maps: Mapping[str, Tensor], recipe: str) -> dict[str, Tensor]:
+        """Σ (W x)(W x)ᵀ over all tokens, in float64, for the matrix [n, C] of each attention path."""
+        sums: dict[str, Tensor] = {}
+
+        def see(path: str, hidden: Tensor) -> None:
+            made = (hidden.flatten(0, -2) @ maps[path].to(hidden).t()).double()
+            sums[path] = made.t() @ made + sums.get(path, 0)
+
+        with torch.no_grad(), hidden_states(self.model, list(maps), see):
+            for rows in self.batches(recipe, "second moments"):
+                base_of(self.model)(input_ids=rows, use_cache=False)
+        return sums
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The model without its head, where transformers tells them apart: no logits are computed."""
+    base = getattr(model, "base_model", model)
+    return base if isinstance(base, nn.Module) else model
+
+
+@contextlib.contextmanager
+def hidden_states(model: nn.Module, paths: Sequence[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call `see(path, hidden)` with what each attention module is given, until the block ends."""
+    handles = []
+    for path in paths:
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
+            see(path, args[0] if args else kwargs["hidden_states"])
+
+        handles.append(model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def tokens_of(texts: object, tokenizer: Any, length: int = 256) -> Tensor | None:
+    """Token ids [N, length] of texts, one after another without padding; token ids stay as they are."""
+    if texts is None or isinstance(texts, Tensor):
+        return texts if texts is None or texts.ndim == 2 else texts[None]
+    if isinstance(texts, str):
+        texts = [texts]
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise TypeError("calibrate is a list of texts, or token ids [N, L]")
+    if tokenizer is None:
+        raise TypeError("texts need a tokenizer: convert(model, recipe, calibrate=texts, tokenizer=tokenizer)")
+    ids = [token for text in texts for token in tokenizer(text)["input_ids"]]
+    rows = len(ids) // length
+    if rows == 0:
+        raise ValueError(f"the texts have {len(ids)} tokens; at least {length} are needed")
+    return torch.tensor(ids[: rows * length]).view(rows, length)

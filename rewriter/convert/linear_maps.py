@@ -1,0 +1,67 @@
+"""What a part of a graph computes, by running it: linear maps are read off from unit vectors.
+
+However a projection is spelled (fused, sliced, interleaved, transposed), W = f(I) - f(0) is its matrix, exactly: every
+product with a unit vector is one weight, and the others are zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, fx
+
+from .layers import Affine
+
+__all__ = ["Function", "affine_map", "part_of"]
+
+Function = Callable[[Tensor], Tensor]
+
+
+def part_of(gm: fx.GraphModule, source: fx.Node, target: fx.Node, given: Mapping[fx.Node, Tensor]) -> Function:
+    """`target` as a function of `source`; `given` are values of other nodes, the graph's inputs among them."""
+    needed: set[fx.Node] = set()
+    pending = [target]
+    while pending:
+        node = pending.pop()
+        if node in needed or node is source or node in given:
+            continue
+        needed.add(node)
+        pending.extend(node.all_input_nodes)
+    order = [node for node in gm.graph.nodes if node in needed]
+
+    def run(x: Tensor) -> Tensor:
+        interpreter = fx.Interpreter(gm, garbage_collect_values=False)
+        interpreter.env.update({**given, source: x})
+        with torch.no_grad():
+            for node in order:
+                interpreter.env[node] = interpreter.run_node(node)
+        result: Tensor = interpreter.env[target]
+        return result.to(x.dtype)  # rotations in float32 and the like
+
+    return run
+
+
+def affine_map(function: Function, like: Tensor) -> Affine | None:
+    """The matrix and bias of a function of token vectors, [B, S, C] -> [B, S, ...]; None where it is not affine.
+
+    `like` is an input that the function takes; its shape is kept, so that a specialised graph can be run.
+    """
+    batch, tokens, width = like.shape
+    at_once = batch * tokens
+    bias = function(torch.zeros_like(like))[0, 0]
+    columns = []
+    for start in range(0, width, at_once):
+        count = min(at_once, width - start)
+        units = torch.zeros(at_once, width, dtype=like.dtype, device=like.device)
+        units[torch.arange(count), start + torch.arange(count)] = 1
+        made = function(units.view(batch, tokens, width))
+        columns.append(made.flatten(0, 1)[:count] - bias)
+    weight = torch.cat(columns).movedim(0, -1)
+    generator = torch.Generator(like.device).manual_seed(0)
+    x = torch.randn(like.shape, generator=generator, device=like.device).to(like.dtype)
+    wanted, found = function(x), torch.tensordot(x, weight, ([-1], [-1])) + bias
+    error = float((wanted - found).abs().max() / wanted.abs().max().clamp_min(1e-30))
+    if error > max(8 * torch.finfo(like.dtype).eps, 1e-5):  # parts of a wide model may run in float32
+        return None
+    return Affine(weight.contiguous(), bias if bool(bias.any()) else None)

@@ -1,0 +1,96 @@
+"""What an attention remembers of its tokens, and how keys and values are made of that.
+
+`new` makes of hidden states the two tensors that a cache keeps, `read` makes keys and values of what it kept. A memory
+whose keys are turned after they were read (`turns_late`) keeps nothing that depends on a position; the cache keeps the
+angles beside it, once for all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .layers import AttentionLayer, Rotary
+from .rotation import Turns, rotate
+
+__all__ = ["FullMemory", "Memory", "heads_of"]
+
+
+class Memory(nn.Module):
+    """Base: how keys [B, G, T, d] and values [B, G, T, e] come from hidden states [B, S, C]."""
+
+    turns_late: ClassVar[bool] = False
+
+    def __init__(self, rotary: Rotary | None) -> None:
+        super().__init__()
+        self.rotary = rotary
+
+    def new(self, hidden: Tensor, turns: Turns | None) -> tuple[Tensor, Tensor]:
+        """Two tensors [B, N, S, width], one row per token; widths may be 0."""
+        raise NotImplementedError
+
+    def read(self, first: Tensor, second: Tensor, turns: Turns | None) -> tuple[Tensor, Tensor]:
+        """Keys and values of all tokens [B, N, T, width] that are kept; `turns` are theirs."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, object]:
+        """The arguments that build it again, without its weights; plain JSON."""
+        raise NotImplementedError
+
+    def cache_layer(self, make: Callable[[], Any]) -> Any:
+        """The layer of a cache that keeps it; `make` gives one that keeps two tensors as they come."""
+        return make()
+
+    def turned(self, x_BNSd: Tensor, turns: Turns | None) -> Tensor:
+        """Keys at their positions."""
+        return x_BNSd if self.rotary is None or turns is None else rotate(x_BNSd, turns, self.rotary)
+
+
+class FullMemory(Memory):
+    """Keys and values themselves: nothing is changed."""
+
+    def __init__(
+        self, hidden: int, groups: int, key_width: int, value_width: int, bias: tuple[bool, bool], rotary: Rotary | None
+    ) -> None:
+        super().__init__(rotary)
+        self.groups, self.key_width, self.value_width = groups, key_width, value_width
+        self.key = nn.Linear(hidden, groups * key_width, bias[0])
+        self.value = nn.Linear(hidden, groups * value_width, bias[1])
+
+    @classmethod
+    def of(cls, layer: AttentionLayer) -> FullMemory:
+        with torch.device("meta"):
+            made = cls(
+                layer.key.weight.shape[-1],
+                layer.groups,
+                layer.key_width,
+                layer.value_width,
+                (layer.key.bias is not None, layer.value.bias is not None),
+                layer.rotary,
+            )
+        made.key, made.value = layer.key.linear(), layer.value.linear()
+        return made
+
+    def settings(self) -> dict[str, object]:
+        return {
+            "hidden": self.key.in_features,
+            "groups": self.groups,
+            "key_width": self.key_width,
+            "value_width": self.value_width,
+            "bias": [self.key.bias is not None, self.value.bias is not None],
+        }
+
+    def new(self, hidden: Tensor, turns: Turns | None) -> tuple[Tensor, Tensor]:
+        key = heads_of(self.key(hidden), self.groups)
+        return self.turned(key, turns), heads_of(self.value(hidden), self.groups)
+
+    def read(self, first: Tensor, second: Tensor, turns: Turns | None) -> tuple[Tensor, Tensor]:
+        return first, second
+
+
+def heads_of(x: Tensor, heads: int) -> Tensor:
+    """[B, S, heads·d] -> [B, heads, S, d]."""
+    return x.view(*x.shape[:-1], heads, -1).transpose(1, 2)
