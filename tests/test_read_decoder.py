@@ -119,6 +119,7 @@ MLA = {
     "num_key_value_heads": 6,
     "first_k_dense_replace": 2,
 }
+EAGER = {"implementation": "eager"}
 REFUSED = {
     "latents already": ("DeepseekV2", MLA, "made of a latent of 16 numbers already"),
     "angles made inside": (
@@ -126,8 +127,8 @@ REFUSED = {
         {"n_embd": 48, "n_head": 6, "n_layer": 2, "rotary_dim": 4, "implementation": "eager"},
         "angles",
     ),
-    "positions in the mask": ("Bloom", {"n_head": 6, "n_layer": 2, "implementation": "eager"}, "besides|cache|scaled"),
-    "sinks": ("GptOss", {"head_dim": 8, "num_local_experts": 4, "implementation": "eager"}, "sinks"),
+    "positions in the mask": ("Bloom", {"n_head": 6, "n_layer": 2, **EAGER}, "besides|cache|scaled"),
+    "sinks": ("GptOss", {"head_dim": 8, "num_local_experts": 4, **EAGER}, "sinks"),
 }
 
 
