@@ -14,7 +14,18 @@ from .quality import Comparison, Perplexity, Reference, compare, perplexity, rem
 from .recall import Recall, fitting, needed, recall
 from .texts import Text, scored_tokens
 
-__all__ = ["Evaluation", "Material", "Protocol", "Sample", "Score", "evaluate", "material", "references"]
+__all__ = [
+    "Evaluation",
+    "Material",
+    "Protocol",
+    "Results",
+    "Sample",
+    "Score",
+    "evaluate",
+    "evaluate_original",
+    "material",
+    "references",
+]
 
 
 @dataclass(frozen=True)
@@ -107,6 +118,28 @@ class Evaluation:
         return data
 
 
+@dataclass(frozen=True)
+class Results:
+    """Several models on the same material."""
+
+    protocol: Protocol
+    digests: Mapping[str, str]
+    """Text -> what it contained."""
+    evaluations: tuple[Evaluation, ...]
+    base: str | None = None
+    """The model that the others are compared with, if there is one."""
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "base": self.base,
+            "notes": list(self.notes),
+            "protocol": asdict(self.protocol),
+            "texts": dict(self.digests),
+            "models": [evaluation.to_dict() for evaluation in self.evaluations],
+        }
+
+
 def material(tokenizer: Any, texts: Sequence[Text], protocol: Protocol) -> Material:
     """Draw the windows. Raises TextError."""
     samples = tuple(
@@ -121,7 +154,10 @@ def references(
     model: Any, material: Material, protocol: Protocol, counted: Counted = uncounted
 ) -> dict[str, Reference]:
     """Run an original once on every text."""
-    return {s.text: remember(model, s.tokens, protocol.scoring, counted) for s in material.samples}
+    return {
+        sample.text: remember(model, sample.tokens, protocol.scoring, _on(sample.text, counted))
+        for sample in material.samples
+    }
 
 
 def evaluate(
@@ -136,13 +172,39 @@ def evaluate(
     """Measure a model, through the caches that `cache_of` makes; `against` is what `references` kept of an original."""
     scores = []
     for sample in material.samples:
-        tokens_NL, scoring = sample.tokens, protocol.scoring
+        tokens_NL, scoring, tell = sample.tokens, protocol.scoring, _on(sample.text, counted)
         if against is None:
-            score = Score(sample.text, perplexity(model, tokens_NL, cache_of, scoring, counted))
+            score = Score(sample.text, perplexity(model, tokens_NL, cache_of, scoring, tell))
         else:
-            found = compare(against[sample.text], model, tokens_NL, cache_of, scoring, counted)
+            found = compare(against[sample.text], model, tokens_NL, cache_of, scoring, tell)
             score = Score(sample.text, found.model, found)
         scores.append(score)
-    recalls = recall(model, material.rows, protocol.gaps, cache_of, protocol.seed, counted) if protocol.gaps else ()
-    decodings = decoding(model, material.rows[0], protocol.lengths, cache_of, protocol.steps, counted)
-    return Evaluation(name, tuple(scores), recalls, decodings)
+    return Evaluation(name, tuple(scores), *_in_use(model, material, protocol, cache_of, counted))
+
+
+def evaluate_original(
+    name: str,
+    model: Any,
+    material: Material,
+    protocol: Protocol,
+    known: Mapping[str, Reference],
+    cache_of: CacheOf | None = None,
+    counted: Counted = uncounted,
+) -> Evaluation:
+    """The same of an original whose `references` are there already: its windows are not run again."""
+    scores = tuple(Score(text, reference.perplexity()) for text, reference in known.items())
+    return Evaluation(name, scores, *_in_use(model, material, protocol, cache_of, counted))
+
+
+def _on(text: str, counted: Counted) -> Counted:
+    return lambda what, total: counted(f"{what}, {text}", total)
+
+
+def _in_use(
+    model: Any, material: Material, protocol: Protocol, cache_of: CacheOf | None, counted: Counted
+) -> tuple[tuple[Recall, ...], tuple[Decoding, ...]]:
+    """Recall and decoding, as far as the model has positions."""
+    protocol = protocol.within(getattr(model.config.get_text_config(), "max_position_embeddings", None))
+    rows = material.rows
+    found = recall(model, rows, protocol.gaps, cache_of, protocol.seed, counted) if protocol.gaps else ()
+    return found, decoding(model, rows[0], protocol.lengths, cache_of, protocol.steps, counted)

@@ -12,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..units import plural
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -63,8 +65,8 @@ def read_text(name: str) -> Text:
     documents = _package(name.removeprefix("pkg:")) if name.startswith("pkg:") else _sections(Path(name))
     if len(documents) < 2:
         raise TextError(
-            f"{name}: the text has {len(documents)} document(s), so it cannot be split into a half to calibrate on "
-            "and a half to score.",
+            f"{name}: the text has {plural(len(documents), 'document')}, so it cannot be split into a half to "
+            "calibrate on and a half to score.",
             "Take a longer text, or a package of several modules.",
         )
     return Text(name, tuple(documents))
