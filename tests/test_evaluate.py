@@ -392,12 +392,16 @@ def test_eval_compares_models_side_by_side(folders, tmp_path):
 
 
 def test_eval_says_what_is_wrong(folders, tmp_path):
+    empty = tmp_path / "empty"
+    transformers.LlamaConfig(**SIZES).save_pretrained(empty)
     for arguments, reason in (
         ((folders[0], "--text", "pkg:nowhere"), "pkg:nowhere: no such package"),
         ((folders[0], "--text", "pkg:json", "--tokens", 10**7), "Ask for fewer tokens"),
         ((folders[0], "--prefix", 600), "512 tokens cannot be scored after a prefix of 600"),
         ((folders[0], "--plot", tmp_path / "no" / "a.png"), "there is no folder"),
         ((tmp_path / "nothing",), "there is no"),
+        ((empty, "--tokenizer", folders[0]), "empty: the folder holds no weights"),
+        ((tmp_path / "a.py:make",), "No target is a folder, so there is no tokenizer"),
     ):
         told = run(*arguments)
         assert told.exit_code == 1 and reason in told.stderr

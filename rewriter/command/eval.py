@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from ..units import plural
 from .common import Json, Spelling, SpellingChoice, errors, stdout_is_for_us
 from .console import counted, progress, show
 from .targets import HFChoices, TargetError, load_target
@@ -116,11 +117,11 @@ def _measured(
     reader = load_tokenizer(folder)
     with progress(f"reading {', '.join(texts)}"):
         drawn = material(reader, [read_text(name) for name in texts], protocol)
-    evaluations, known, dtype = [], None, "?"
+    evaluations, known, dtypes = [], None, []
     for name, label in zip(models, _labels(models), strict=True):
         model = load_model(name, attention)
         _check_tokens(name, model, drawn)
-        dtype = str(model.dtype).removeprefix("torch.")
+        dtypes.append(str(model.dtype).removeprefix("torch."))
 
         def bar(what: str, total: int, label: str = label) -> Any:
             return counted(f"{label}: {what}", total)
@@ -132,7 +133,7 @@ def _measured(
             found = evaluate(label, model, drawn, protocol, cache_for, known, bar)
         evaluations.append(found)
         del model  # before the next is loaded
-    notes = (dtype, f"{torch.get_num_threads()} threads")
+    notes = (", ".join(dict.fromkeys(dtypes)), plural(torch.get_num_threads(), "thread"))
     digests = {sample.text: sample.digest for sample in drawn.samples}
     return Results(protocol, digests, tuple(evaluations), evaluations[0].name if base else None, notes)
 
@@ -148,8 +149,11 @@ def load_model(name: str, attention: Spelling | None = None) -> Any:
     """The causal language model of a target. Raises TargetError."""
     import torch
 
-    from .huggingface import import_transformers
+    from .huggingface import WEIGHTS, import_transformers
 
+    folder = Path(name)
+    if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
+        raise TargetError(f"{name}: the folder holds no weights.", "Random ones would say nothing about the model.")
     import_transformers().logging.disable_progress_bar()  # one display is enough
     with progress(f"loading {name}"):
         model = load_target(name, HFChoices(attention=attention.value if attention else None)).model

@@ -83,8 +83,9 @@ def _perplexity(value: float) -> str:
 
 
 def _change(share: float) -> str:
-    value = round(100 * share, 1)
-    return f"{'−' if value < 0 else '+' if value > 0 else '±'}{abs(value):.1f} %"
+    digits = 2 if abs(share) < 0.00995 else 1
+    value = round(100 * share, digits)
+    return f"{'−' if value < 0 else '+' if value > 0 else '±'}{abs(value):.{digits}f} %"
 
 
 def plot(results: Results, path: Path) -> None:
@@ -106,8 +107,8 @@ def plot(results: Results, path: Path) -> None:
         panel.set_title(text, fontsize=9)
         panel.set_xlabel(f"cache, kB per token at {length} tokens")
         panel.set_ylabel("perplexity")
-        panel.set_xlim(left=0)
-        panel.margins(x=0.25, y=0.2)
+        panel.set_xlim(0, 1.45 * max(size[length] for size in sizes) / 1000)  # room for the names
+        panel.margins(y=0.2)
         panel.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     try:
