@@ -142,6 +142,11 @@ def cache_for(model: Any) -> Any:
     """An empty cache of the kind that a model is used with."""
     import transformers
 
+    from ..convert.attention import ConvertedAttention
+    from ..convert.cache import LatentCache
+
+    if any(isinstance(module, ConvertedAttention) for module in model.modules()):
+        return LatentCache(model)
     return transformers.DynamicCache(config=model.config)
 
 

@@ -68,13 +68,22 @@ def _build(transformers: Any, folder: Path, config: Any, random: bool, attention
             make = kind.from_config if hasattr(kind, "from_config") else kind._from_config
             model = make(config, dtype=dtype, **options)
         else:
-            model = kind.from_pretrained(folder, local_files_only=True, dtype=dtype, **options)
+            model = _from_pretrained(kind, folder, config, dtype=dtype, **options)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise TargetError(
             f"{folder}: {kind.__name__} cannot be made: {type(error).__name__}: {error}",
             "With --from-config the weights are left aside; --attention eager|sdpa chooses the spelling.",
         ) from error
     return model.eval(), str(getattr(model.config, "_attn_implementation", None) or "it is written")
+
+
+def _from_pretrained(kind: Any, folder: Path, config: Any, **options: Any) -> Any:
+    """Converted models are put together by latent, all others by transformers."""
+    if getattr(config, "latent", None):
+        from ..convert.store import load
+
+        return load(folder, **options)
+    return kind.from_pretrained(folder, local_files_only=True, **options)
 
 
 def _inputs(folder: Path, config: Any, model: Any, choices: HFChoices) -> dict[str, Any]:
