@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 from typing import Any
+from unittest.mock import patch
 
+import latent
 import torch
 import transformers
+from latent.rewriter.convert.layers import AttentionLayer, Decoder
 from latent.rewriter.convert.read_decoder import read_decoder
 from torch import Tensor, nn
 from zoo.build import randomise
@@ -46,7 +49,7 @@ def tiny(name: str, dtype: torch.dtype = torch.float64) -> Any:
     config = getattr(transformers, f"{kind}Config")(**{**SMALL, **changes})
     torch.manual_seed(0)
     attention = "eager" if name == "gemma2" else "sdpa"
-    model = getattr(transformers, f"{kind}ForCausalLM")._from_config(config, attn_implementation=attention).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     randomise(model, seed=0)
     return model.to(dtype)
 
@@ -56,12 +59,29 @@ def text(rows: int = 16, length: int = 24, seed: int = 3) -> Tensor:
     return torch.randint(3, 64, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def attention_error(model: nn.Module, converted: nn.Module, tokens: Tensor | None = None) -> float:
+@functools.cache
+def decoder(name: str, dtype: torch.dtype = torch.float64) -> Decoder:
+    """It is read once, as that takes seconds."""
+    return read_decoder(tiny(name, dtype))
+
+
+def layer(name: str) -> AttentionLayer:
+    return decoder(name).layers[0]
+
+
+def convert(name: str, recipe: Any, tokens: Tensor | None = None, dtype: torch.dtype = torch.float64) -> Any:
+    """`latent.convert` of a tiny model."""
+    with patch("latent.rewriter.convert.convert.read_decoder", lambda *_: decoder(name, dtype)):
+        return latent.convert(tiny(name, dtype), recipe, text() if tokens is None else tokens)
+
+
+def attention_error(name: str, converted: nn.Module, tokens: Tensor | None = None) -> float:
     """The largest relative error of any converted attention, given what the model's own was given."""
+    model = tiny(name)
     tokens = text(2, seed=5) if tokens is None else tokens
     errors: list[float] = []
     handles = []
-    for layer in read_decoder(model).layers:
+    for layer in decoder(name).layers:
         other = converted.get_submodule(layer.path)
 
         def compare(_: Any, args: Any, kwargs: Any, output: Any, other: nn.Module = other) -> None:
