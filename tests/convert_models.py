@@ -33,7 +33,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-one-head": ("Llama", {"num_key_value_heads": 1}),
     "qwen2": ("Qwen2", {}),  # biases of queries, keys and values
     "cohere": ("Cohere", {}),  # interleaved pairs
-    "gpt_neox": ("GPTNeoX", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    "gpt_neox": (
+        "GPTNeoX",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ),
     "phi3": ("Phi3", {}),  # one projection for all three
     "gemma2": ("Gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8}),  # scores are capped
     "mistral": ("Mistral", {"sliding_window": 8}),

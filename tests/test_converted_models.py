@@ -182,9 +182,7 @@ def test_training_goes_on(name: str) -> None:
         loss = torch.nn.functional.kl_div(found, target, reduction="batchmean")
         optimiser.zero_grad()
         loss.backward()
-        gradients = {
-            key: float(p.grad.abs().sum()) for key, p in converted.named_parameters() if ".self_attn." in key
-        }
+        gradients = {key: float(p.grad.abs().sum()) for key, p in converted.named_parameters() if ".self_attn." in key}
         optimiser.step()
         losses.append(float(loss.detach()))
     # A bias of what no position turns adds the same to all keys of a query.
