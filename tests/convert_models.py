@@ -27,6 +27,8 @@ SMALL = {
     "eos_token_id": 2,
 }
 
+HALF_TURNED = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-all-heads": ("Llama", {"num_key_value_heads": 4}),

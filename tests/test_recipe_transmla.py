@@ -23,7 +23,6 @@ from latent.rewriter.convert.layers import AttentionLayer, ConversionRefused, Ro
 from latent.rewriter.convert.memory import heads_of
 from latent.rewriter.convert.rotation import rotate
 from test_generate import EAGER, assert_same_tokens, generate
-from test_mla_models import decoding
 from torch import Tensor
 
 EYE = torch.eye(64, dtype=torch.float64)
