@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,14 +22,18 @@ from ..explain import call_through
 from ..layouts import is_cast, is_tensor, layout_step
 from ..normal_form import normalise
 from ..opening import decompositions
-from ..origins.pieces import Norm, Origin, Projection, Rope, origins
+from ..origins.low_rank import low_rank
+from ..origins.pieces import Norm, Origin, Projection, Reading, Rope, origins
+from ..origins.walk import find_producer
 from ..provenance import module_path
 from ..recognise import recognise
 from ..score_form import ScoreForm, score_form, unusual_weights
 from ..sites import AttentionSite, Operand
 from .attention import CACHES, ConvertedAttention
-from .layers import Affine, AttentionLayer, CallForm, ConversionRefused, Decoder, Rotary
-from .linear_maps import affine_map, part_of
+from .layers import Affine, AttentionLayer, CallForm, ConversionRefused, Decoder, HeadNormFacts, Rotary
+from .linear_maps import Function, affine_map, part_of, without_biases
+from .norms import read_norm
+from .rotation import turns_of
 
 __all__ = ["probe_tokens", "read_decoder"]
 
@@ -117,13 +121,15 @@ class _Reader:
 
     def layer(self) -> AttentionLayer:
         site, found = self.site, self.origins
+        if (latent := low_rank(site, found=found)) is not None:
+            raise self.refuse(f"its keys and values are made of a latent of {latent.width} numbers already")
         scores, weights = score_form(site), unusual_weights(site)
         if not isinstance(scores, ScoreForm):
             raise self.refuse(scores.reason)
         if weights is not None:
             raise self.refuse(weights.reason)
         if len(site.terms) != 1:
-            raise self.refuse("its scores are a sum of products, as of a model that caches latents already")
+            raise self.refuse("its scores are a sum of several products")
         if scores.sinks or scores.scale_by:
             raise self.refuse("it has learned sinks" if scores.sinks else "its scores are scaled by a tensor")
         scale = scores.scale
@@ -140,7 +146,10 @@ class _Reader:
         value = self._projection(source, site.value, found.value, "value", axes.heads, axes.value_width)
         call = CallForm((), 0, -1)
         output = self._output()
-        return AttentionLayer(self.path, query, key, value, output, self._rotary(), scale, scores.cap, call)
+        norms = self._norm(found.query, query.weight), self._norm(found.key, key.weight)
+        return AttentionLayer(
+            self.path, query, key, value, output, self._rotary(), scale, scores.cap, call, 0, norms[0], norms[1]
+        )
 
     def _named(self) -> list[tuple[str, Origin]]:
         return [("query", self.origins.query), ("key", self.origins.key), ("value", self.origins.value)]
@@ -150,14 +159,40 @@ class _Reader:
         projection = next((piece for piece in origin if isinstance(piece, Projection)), None)
         if projection is None or not projection.learned:
             raise self.refuse(f"the {which} comes from no projection with a weight")
-        if any(isinstance(piece, Norm) for piece in origin.pieces[: origin.pieces.index(projection)]):
-            raise self.refuse(
-                f"a norm stands between the projection of the {which} and the scores; low rank does not commute with it"
-            )
+        if which == "value" and self._norms(origin):
+            raise self.refuse("a norm stands between the projection of the values and the attention")
         node = projection.source
         while (step := layout_step(node)) is not None:
             node = step.source
         return node
+
+    def _norms(self, origin: Origin) -> dict[fx.Node, tuple[Norm, fx.Node]]:
+        """The norms between the attention and the projection, with what they read."""
+        found: dict[fx.Node, tuple[Norm, fx.Node]] = {}
+        for piece in origin:
+            if isinstance(piece, Projection):
+                break
+            if isinstance(piece, Norm):
+                made = find_producer(piece.node, Reading(piece.node))
+                if made is None or made.source is None:
+                    raise self.refuse("a norm of its queries or keys cannot be read")
+                found[piece.node] = (piece, made.source)
+        return found
+
+    def _norm(self, origin: Origin, weight: Tensor) -> HeadNormFacts | None:
+        norms = list(self._norms(origin).values())
+        if not norms:
+            return None
+        if len(norms) > 1:
+            raise self.refuse("more than one norm stands between a projection and the scores")
+        norm, source = norms[0]
+        like = source.meta["val"]
+        empty = torch.empty(tuple(like.shape), dtype=like.dtype, device=like.device)
+        run = part_of(self.gm, source, norm.node, self.inputs)
+        found = read_norm(run, empty, norm.kind, weight.shape[0], weight.shape[1])
+        if found is None:
+            raise self.refuse("a norm of its queries or keys is neither over one head nor over all of them")
+        return found
 
     def _ropes(self) -> tuple[Rope | None, Rope | None]:
         pair = [next((p for p in origin if isinstance(p, Rope)), None) for _, origin in self._named()[:2]]
@@ -199,16 +234,18 @@ class _Reader:
         """[heads, width, C] from hidden states to where the attention reads them, rotations left out."""
         axes = self.site.axes
         tokens = axes.queries if which == "query" else axes.keys
-        run = part_of(self.gm, source, operand.node, self.inputs | self._unturned())
+        skipped = {node: read for node, (_, read) in self._norms(origin).items()}
         layout = self.site.space.resolve_layout(operand.layout)
 
-        def function(x: Tensor) -> Tensor:
-            return _arranged(run(x), layout, (axes.batch, tokens, heads, width))
+        def function(inputs: dict[fx.Node, Any]) -> Function:
+            run = part_of(self.gm, source, operand.node, inputs | self._unturned(), skipped)
+            return lambda x: _arranged(run(x), layout, (axes.batch, tokens, heads, width))
 
         like = source.meta["val"]
         if like.ndim != 3:
             raise self.refuse("its hidden states are not [batch, tokens, width]")
-        found = affine_map(function, torch.empty(tuple(like.shape), dtype=like.dtype, device=like.device))
+        empty = torch.empty(tuple(like.shape), dtype=like.dtype, device=like.device)
+        found = affine_map(function(self.inputs), function(without_biases(self.inputs)), empty)
         if found is None:
             raise self.refuse(f"the {which} is no linear map of the hidden states")
         return found
@@ -219,19 +256,23 @@ class _Reader:
         end = _linear_after(site.output)
         if end is None:
             raise self.refuse("what follows the attention is not a linear layer by itself")
-        run = part_of(self.gm, site.output, end, self.inputs)
         like = site.output.meta["val"]
         heads, width = axes.heads + axes.groups, axes.value_width
         layout = site.space.resolve_layout(site.output_layout)
         count, columns = int(size_of(heads)), int(size_of(width))
         batch, tokens = int(size_of(axes.batch)), int(size_of(axes.queries))
 
-        def function(x: Tensor) -> Tensor:
-            placed = _placed(x, (axes.batch, axes.queries, heads, width), layout)
-            return run(placed.reshape(like.shape)).reshape(batch, tokens, -1)
+        def function(inputs: dict[fx.Node, Any]) -> Function:
+            run = part_of(self.gm, site.output, end, inputs)
+
+            def outputs(x: Tensor) -> Tensor:
+                placed = _placed(x, (axes.batch, axes.queries, heads, width), layout)
+                return run(placed.reshape(like.shape)).reshape(batch, tokens, -1)
+
+            return outputs
 
         empty = torch.empty((batch, tokens, count * columns), dtype=like.dtype, device=like.device)
-        found = affine_map(function, empty)
+        found = affine_map(function(self.inputs), function(without_biases(self.inputs)), empty)
         if found is None:
             raise self.refuse("what follows the attention is no linear map of its heads")
         return Affine(found.weight.view(-1, count, columns), found.bias)
@@ -330,7 +371,7 @@ def _checked(layer: AttentionLayer, call: _Call) -> AttentionLayer:
     wanted = call.output[0] if isinstance(call.output, tuple) else call.output
     tolerance = max(8 * torch.finfo(wanted.dtype).eps, 1e-4)  # parts of a wide model may run in float32
     errors = []
-    for candidate in _spellings(layer):
+    for candidate in _spellings(layer, call.given.get("position_embeddings")):
         made = ConvertedAttention.of(candidate).to(wanted.device)
         with torch.no_grad():
             found = made(**call.given)
@@ -344,12 +385,14 @@ def _checked(layer: AttentionLayer, call: _Call) -> AttentionLayer:
     raise ConversionRefused(layer.path, f"it computes something besides what was read from its graph{nearest}")
 
 
-def _spellings(layer: AttentionLayer) -> list[AttentionLayer]:
-    """The ways in which a model may hand on its angles; the probe tells which one it is."""
+def _spellings(layer: AttentionLayer, angles: object) -> list[AttentionLayer]:
+    """The ways in which the model may have handed on its angles; the probe tells which one it was."""
     if layer.rotary is None:
         return [layer]
-    ways = ("halves", "pairs", "once")
-    return [replace(layer, rotary=replace(layer.rotary, given=way)) for way in ways]  # type: ignore[arg-type]
+    ways: tuple[Literal["halves", "pairs", "once"], ...] = ("halves", "pairs", "once")
+    rotaries = [replace(layer.rotary, given=way) for way in ways]
+    fitting = [rotary for rotary in rotaries if 2 * turns_of(angles, rotary)[0].shape[-1] == rotary.width]
+    return [replace(layer, rotary=rotary) for rotary in fitting]
 
 
 def _refuse_sharing(model: nn.Module, layers: Sequence[AttentionLayer]) -> None:
