@@ -1,4 +1,4 @@
-"""What recipes must leave alone: the layer, the reason, and a model that is as it was."""
+"""Models that have to be left alone, besides those that reading refuses: the reason, and that nothing was changed."""
 
 from __future__ import annotations
 
@@ -36,14 +36,6 @@ def normed_keys() -> Any:
     return small("Qwen3", head_dim=8)
 
 
-def sinks() -> Any:
-    return small("GptOss", head_dim=8, num_local_experts=2, num_experts_per_tok=1)
-
-
-def biased_scores() -> Any:
-    return small("Bloom", n_layer=2, n_head=4)
-
-
 def cross_attention() -> Any:
     return small("T5", transformers.AutoModelForSeq2SeqLM, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
 
@@ -52,24 +44,12 @@ def encoder() -> Any:
     return small("Bert", transformers.AutoModelForMaskedLM)
 
 
-def shared_weights() -> Any:
-    model = llama()
-    one, other = (block.self_attn for block in model.model.layers)
-    other.k_proj.weight, other.v_proj.weight = one.k_proj.weight, one.v_proj.weight
-    return model
-
-
-def training() -> Any:
-    model = small("Llama", attention_dropout=0.1)
-    return model.train()
-
-
 class Rounded(nn.Module):
     """A linear layer of 8 bits that rounds what it is given as well."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.scale = float(linear.weight.abs().max()) / 127
+        self.scale = float(linear.weight.detach().abs().max()) / 127
         self.register_buffer("weight", (linear.weight / self.scale).round().to(torch.int8))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -101,13 +81,9 @@ def other_values() -> Any:
 
 
 CASES: list[tuple[Callable[[], Any], str]] = [
-    (normed_keys, "a norm stands between the projection of the query|key"),
-    (sinks, "learned sinks"),
-    (biased_scores, "something besides"),
+    (normed_keys, "a norm stands between the projection of the keys"),
     (cross_attention, "encoder with a decoder"),
     (encoder, "queries see the keys that follow"),
-    (shared_weights, "shares weights with"),
-    (training, "training mode"),
     (quantised, "no projection with a weight"),
     (other_values, "not made of the same hidden states"),
 ]
@@ -117,8 +93,7 @@ CASES: list[tuple[Callable[[], Any], str]] = [
 def test_refused_with_a_reason(make: Callable[[], Any], why: str) -> None:
     model = make()
     modules = [type(module) for module in model.modules()]
-    with pytest.raises(ConversionRefused, match=why) as refused:
+    with pytest.raises(ConversionRefused, match=why):
         latent.convert(model, JointLatent(rank=8), text())
-    print(make.__name__, "→", refused.value)
     assert [type(module) for module in model.modules()] == modules
     assert not hasattr(model.config, "latent")

@@ -99,7 +99,7 @@ def put_mla(
     bias = None
     if plain_query.bias is not None and turned_query.bias is not None:
         bias = torch.cat((plain_query.bias.to(dtype), turned_query.bias.to(dtype)), 1)
-    attention.replace_query(Affine(weight, bias), replace(rotary, first=width))
+    attention.replace_query(Affine(weight, bias), replace(rotary, first=width), recipe)
 
 
 def linear(affine: Affine, dtype: torch.dtype) -> nn.Linear:

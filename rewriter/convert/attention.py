@@ -90,8 +90,13 @@ class ConvertedAttention(nn.Module):
             )
         self.memory = memory
 
-    def replace_query(self, query: Affine, rotary: Rotary | None) -> None:
-        """Queries [H, d, C] of any width, and which of their columns are turned; the scale stays."""
+    def replace_query(self, query: Affine, rotary: Rotary | None, recipe: str) -> None:
+        """Queries [H, d, C] of any width, and which of their columns are turned; the scale stays.
+
+        Raises ConversionRefused where the queries have a norm.
+        """
+        if self.query_norm is not None:
+            raise ConversionRefused(recipe, "a norm stands between the projection of the queries and the scores")
         self.query = query.linear()
         bias = (query.bias is not None, self.form.bias[1])
         self.form = replace(self.form, query_width=query.weight.shape[1], rotary=rotary, bias=bias)
