@@ -24,7 +24,7 @@ from ...rewriter.convert.rank import even_ranks, ranks_by_energy
 from ...rewriter.convert.recipe import Needs, part, recipe
 from ...rewriter.convert.rotation import Turns
 
-__all__ = ["JointLatent", "JointMemory"]
+__all__ = ["JointLatent", "JointMemory", "basis", "factors", "keys_of", "stacked"]
 
 
 @recipe
@@ -48,7 +48,7 @@ class JointLatent:
     def convert(self, attentions: Sequence[ConvertedAttention], decoder: Decoder, calibration: Calibration) -> None:
         """Put a JointMemory into every attention. Raises ConversionRefused."""
         moments = calibration.second_moments({layer.path: stacked(layer) for layer in decoder.layers}, self.name)
-        bases = [basis(moments[layer.path], layer, self.balance) for layer in decoder.layers]
+        bases = [basis(moments[layer.path], keys_of(layer), self.balance) for layer in decoder.layers]
         wanted = even_ranks(decoder, self.share) if self.rank is None else [self.rank] * len(bases)
         if self.ranks == "energy":
             wanted = ranks_by_energy([energy for _, energy, _ in bases], sum(wanted))
@@ -56,20 +56,35 @@ class JointLatent:
             attention.replace_memory(JointMemory.of(layer, vectors[:, :rank], rho), self.name)
 
 
+def keys_of(layer: AttentionLayer) -> int:
+    """G·d."""
+    return layer.groups * layer.key_width
+
+
 def stacked(layer: AttentionLayer) -> Tensor:
     """[W_k ; W_v], [G(d + e), C]."""
     return torch.cat((layer.key.flat, layer.value.flat))
 
 
-def basis(moment: Tensor, layer: AttentionLayer, balance: bool = True) -> tuple[Tensor, Tensor, float]:
-    """Eigenvectors of the balanced second moment, the leading ones first, their eigenvalues, and ρ."""
-    keys = layer.groups * layer.key_width
+def basis(moment: Tensor, keys: int, balance: bool = True) -> tuple[Tensor, Tensor, float]:
+    """Eigenvectors of a second moment, the leading ones first, their eigenvalues, and ρ.
+
+    Balanced, its first `keys` rows and columns are divided by ρ.
+    """
     rms = moment.diagonal().clamp_min(0).sqrt()
+    balance = balance and 0 < keys < len(rms)
     rho = float(rms[:keys].mean() / rms[keys:].mean().clamp_min(1e-30)) if balance else 1.0
     scale = torch.ones_like(rms)
     scale[:keys] = 1 / rho
     energy, vectors = torch.linalg.eigh(scale[:, None] * moment * scale)
     return vectors.flip(1), energy.flip(0).clamp_min(0), rho
+
+
+def factors(vectors: Tensor, keys: int, rho: float) -> tuple[Tensor, Tensor]:
+    """R_rᵀ with its first `keys` columns divided by ρ [r, n], and R_r with its first rows times ρ [n, r]."""
+    scale = torch.ones(len(vectors), 1, dtype=vectors.dtype, device=vectors.device)
+    scale[:keys] = 1 / rho
+    return (scale * vectors).t(), vectors / scale
 
 
 @part
@@ -97,12 +112,9 @@ class JointMemory(Memory):
     @classmethod
     def of(cls, layer: AttentionLayer, vectors: Tensor, rho: float) -> JointMemory:
         """From an orthonormal basis [G(d + e), r] of the balanced keys and values."""
-        keys = layer.groups * layer.key_width
-        scale = torch.ones(len(vectors), dtype=vectors.dtype, device=vectors.device)
-        scale[:keys] = 1 / rho
-        dtype = layer.key.weight.dtype
-        down = vectors.t() @ (scale[:, None] * stacked(layer).to(vectors))
-        up = vectors / scale[:, None]
+        keys, dtype = keys_of(layer), layer.key.weight.dtype
+        into, up = factors(vectors, keys, rho)
+        down = into @ stacked(layer).to(vectors)
         rank, hidden = down.shape
         with torch.device("meta"):
             made = cls(hidden, rank, layer.groups, layer.key_width, layer.value_width, (True, True), layer.rotary)

@@ -7,14 +7,14 @@ Plain PyTorch throughout: what the compiler makes fast, it finds here as in any 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import AttentionLayer, CallForm, ConversionRefused, Rotary
+from .layers import Affine, AttentionLayer, CallForm, ConversionRefused, Rotary
 from .memory import FullMemory, Memory, heads_of
 from .norms import HeadNorm
 from .rotation import Turns, rotate, turns_of
@@ -75,7 +75,7 @@ class ConvertedAttention(nn.Module):
         with torch.device("meta"):
             made = cls(AttentionForm.of(layer), memory or FullMemory.of(layer), HeadNorm.of(layer.query_norm))
         made.query = layer.query.linear()
-        made.output = type(layer.output)(layer.output.weight.flatten(1), layer.output.bias).linear()
+        made.replace_output(layer.output)
         return made
 
     def replace_memory(self, memory: Memory, recipe: str) -> None:
@@ -89,6 +89,23 @@ class ConvertedAttention(nn.Module):
                 "a norm stands between the projection of the keys and the scores; low rank does not commute with it",
             )
         self.memory = memory
+
+    def replace_query(self, query: Affine, rotary: Rotary | None, recipe: str) -> None:
+        """Queries [H, d, C] of any width, and which of their columns are turned; the scale stays.
+
+        Raises ConversionRefused where the queries have a norm.
+        """
+        if self.query_norm is not None:
+            raise ConversionRefused(recipe, "a norm stands between the projection of the queries and the scores")
+        self.query = query.linear()
+        bias = (query.bias is not None, self.form.bias[1])
+        self.form = replace(self.form, query_width=query.weight.shape[1], rotary=rotary, bias=bias)
+
+    def replace_output(self, output: Affine) -> None:
+        """What reads the heads, [C, H, e]; e is the width of the values that the memory gives."""
+        self.output = Affine(output.weight.flatten(1), output.bias).linear()
+        bias = (self.form.bias[0], output.bias is not None)
+        self.form = replace(self.form, value_width=output.weight.shape[2], bias=bias)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(self.form.call.parameters, args, strict=False)) | kwargs

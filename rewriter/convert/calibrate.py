@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import ConversionRefused
@@ -63,11 +64,35 @@ class Calibration:
                 base_of(self.model)(input_ids=rows, use_cache=False)
         return sums
 
+    def loss(self, modules: Mapping[str, nn.Module], recipe: str, what: str, rows: int = 8) -> float:
+        """Mean loss of the next token with `modules` at those paths, on up to `rows` rows spread over the text."""
+        tokens = self.required(recipe)
+        some = replace(self, tokens=tokens[:: -(-len(tokens) // rows)])
+        total = 0.0
+        with torch.no_grad(), put_in(self.model, modules):
+            for ids in some.batches(recipe, what):
+                logits = self.model(input_ids=ids, use_cache=False).logits
+                total += float(F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())) * len(ids)
+        return total / len(some.required(recipe))
+
 
 def base_of(model: nn.Module) -> nn.Module:
     """The model without its head, where transformers tells them apart: no logits are computed."""
     base = getattr(model, "base_model", model)
     return base if isinstance(base, nn.Module) else model
+
+
+@contextlib.contextmanager
+def put_in(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Other modules at some paths of a model, until the block ends."""
+    own = {path: model.get_submodule(path) for path in modules}
+    try:
+        for path, module in modules.items():
+            model.set_submodule(path, module)
+        yield
+    finally:
+        for path, module in own.items():
+            model.set_submodule(path, module)
 
 
 @contextlib.contextmanager

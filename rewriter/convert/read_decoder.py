@@ -69,6 +69,8 @@ def read_decoder(model: nn.Module, probe: Tensor | None = None) -> Decoder:
         raise ConversionRefused(name, "it is in training mode, where attention may drop weights", "Call model.eval().")
     if any(isinstance(module, ConvertedAttention) for module in model.modules()):
         raise ConversionRefused(name, "it is converted already", "Give all recipes to one call of latent.convert.")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ConversionRefused(name, "it is an encoder with a decoder, which attends to another sequence than its own")
     probe = probe_tokens(model) if probe is None else probe
     found = _Look()
     with torch.no_grad():
@@ -132,6 +134,8 @@ class _Reader:
             raise self.refuse("its scores are a sum of several products")
         if scores.sinks or scores.scale_by:
             raise self.refuse("it has learned sinks" if scores.sinks else "its scores are scaled by a tensor")
+        if not scores.masks and not (site.call is not None and (site.call.causal or site.call.mask is not None)):
+            raise self.refuse("its queries see the keys that follow them, as in an encoder")
         scale = scores.scale
         if site.call is not None:
             scale = site.call.scale if isinstance(site.call.scale, float) else size_of(width_of(site)) ** -0.5
