@@ -152,7 +152,7 @@ def attend(
         rows = query_BHSd.view(batch, groups, heads // groups, -1)
         out = F.scaled_dot_product_attention(rows, key_BGTd, value_BGTe, mask, scale=scale)
         return out.reshape(batch, 1, heads, -1)
-    causal = mask is None and queries > 1
+    causal = bool(mask is None and queries > 1)  # a symbol where the length is dynamic
     out = F.scaled_dot_product_attention(
         query_BHSd, key_BGTd, value_BGTe, mask, is_causal=causal, scale=scale, enable_gqa=heads != groups
     )
