@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .factored import Factored, attend_to_factors
+from .factored import Factored, attend_to_factors, formed
 from .layers import AttentionLayer, CallForm, ConversionRefused, Rotary
 from .memory import FullMemory, Memory, heads_of
 from .rotation import Turns, rotate, turns_of
@@ -101,13 +101,20 @@ class ConvertedAttention(nn.Module):
         query = heads_of(self.query(hidden), self.form.heads)
         if self.form.rotary is not None and turns is not None:
             query = rotate(query, turns, self.form.rotary)
-        key, value = self.remember(hidden, turns, mask, past)
+        key, value = self._kept(hidden, turns, mask, past)
         return attend(query, key, value, mask, self.form.scale, self.form.cap).flatten(2)
 
     def remember(
+        self, hidden: Tensor, turns: Turns | None, past: Any, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of earlier calls and of this one."""
+        key, value = self._kept(hidden, turns, mask, past)
+        return formed(key), formed(value)
+
+    def _kept(
         self, hidden: Tensor, turns: Turns | None, mask: Tensor | None, past: Any
     ) -> tuple[Tensor | Factored, Tensor | Factored]:
-        """Keys and values of earlier calls and of this one.
+        """The same, factored where the cache keeps factors.
 
         Caches that know nothing of memories get keys and values as of any other model where the memory would need the
         angles of earlier calls.
@@ -137,11 +144,9 @@ def attend(
 
     `mask` [B, 1 or H, S, T]: true where a key is seen, or numbers that are added.
     """
-    if isinstance(key_BGTd, Factored) and isinstance(value_BGTe, Factored):
-        if query_BHSd.shape[2] == 1:
-            return attend_to_factors(query_BHSd, key_BGTd, value_BGTe, mask, scale, cap)
-        key_BGTd, value_BGTe = key_BGTd.rows(), value_BGTe.rows()
-    assert isinstance(key_BGTd, Tensor) and isinstance(value_BGTe, Tensor)
+    if isinstance(key_BGTd, Factored) and isinstance(value_BGTe, Factored) and query_BHSd.shape[2] == 1:
+        return attend_to_factors(query_BHSd, key_BGTd, value_BGTe, mask, scale, cap)
+    key_BGTd, value_BGTe = formed(key_BGTd), formed(value_BGTe)
     batch, heads, queries, _ = query_BHSd.shape
     groups = key_BGTd.shape[1]
     if mask is not None and mask.shape[-1] != key_BGTd.shape[-2]:

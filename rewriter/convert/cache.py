@@ -28,7 +28,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.keys, self.values = (t.new_empty(*t.shape[:2], 0, t.shape[-1]) for t in (key_states, value_states))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -155,7 +155,7 @@ class LatentCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of every live tensor, each storage once."""
-        tensors = [t for layer in (*self.layers, *self._turns.values()) for t in layer.tensors()]
+        tensors = [t for layer in (*self.layers, *self._turns.values()) for t in _tensors_of(layer)]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         return sum(storages.values())
 
@@ -183,6 +183,13 @@ class LatentCache(Cache):
         super().batch_select_indices(indices)
         for held in self._turns.values():
             held.batch_select_indices(indices)
+
+
+def _tensors_of(layer: Any) -> list[Tensor]:
+    """The layer's own account of what it holds, or else its attributes."""
+    if hasattr(layer, "tensors"):
+        return list(layer.tensors())
+    return [t for t in vars(layer).values() if isinstance(t, Tensor)]
 
 
 def _refuse_unconverted(model: nn.Module, indices: Sequence[int]) -> None:

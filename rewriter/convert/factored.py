@@ -18,7 +18,7 @@ from torch import Tensor
 from .layers import Rotary
 from .rotation import Turns, rotate
 
-__all__ = ["BLOCK", "Factored", "attend_to_factors"]
+__all__ = ["BLOCK", "Factored", "attend_to_factors", "formed"]
 
 BLOCK = 1024
 """Tokens whose keys are formed at once. Compiled code forms all of a layer's: a loop would fix the number of tokens."""
@@ -80,6 +80,11 @@ class Factored:
             return x_BNTw
         cos, sin = (t[:, start : start + x_BNTw.shape[2]] for t in self.turns)
         return rotate(x_BNTw, (cos, sin), self.rotary)
+
+
+def formed(x: Tensor | Factored) -> Tensor:
+    """Keys or values as one tensor."""
+    return x.rows() if isinstance(x, Factored) else x
 
 
 def attend_to_factors(

@@ -244,7 +244,9 @@ def test_saved_bases_come_back(tmp_path: Any) -> None:
     made = converted(tiny(), xkv(bases="calibrated"), TEXT)
     made.save_pretrained(tmp_path)
     again = latent.load(tmp_path)
-    assert torch.equal(again.model.layers[1].self_attn.memory.basis_key, made.model.layers[1].self_attn.memory.basis_key)
+    assert torch.equal(
+        again.model.layers[1].self_attn.memory.basis_key, made.model.layers[1].self_attn.memory.basis_key
+    )
     found, wanted = (decode(m, latent.LatentCache(m), ids(), PROMPT) for m in (again, made))
     assert torch.equal(found, wanted)
 
