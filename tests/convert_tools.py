@@ -7,12 +7,11 @@ import importlib
 from typing import Any
 from unittest.mock import patch
 
+import latent
 import torch
 import transformers
-from torch import Tensor
-
-import latent
 from latent.rewriter.convert.read_decoder import read_decoder
+from torch import Tensor
 
 VOCABULARY = 61
 
