@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .factored import Factored, attend_to_factors, formed
 from .layers import Affine, AttentionLayer, CallForm, ConversionRefused, Rotary
 from .memory import FullMemory, Memory, heads_of
 from .norms import HeadNorm
@@ -126,11 +127,13 @@ class ConvertedAttention(nn.Module):
             query = self.query_norm(query)
         if self.form.rotary is not None and turns is not None:
             query = rotate(query, turns, self.form.rotary)
-        key, value = self.remember(hidden, turns, past)
+        key, value = self.remember(hidden, turns, mask, past)
         return attend(query, key, value, mask, self.form.scale, self.form.cap).flatten(2)
 
-    def remember(self, hidden: Tensor, turns: Turns | None, past: Any) -> tuple[Tensor, Tensor]:
-        """Keys and values of earlier calls and of this one.
+    def remember(
+        self, hidden: Tensor, turns: Turns | None, mask: Tensor | None, past: Any
+    ) -> tuple[Tensor | Factored, Tensor | Factored]:
+        """Keys and values of earlier calls and of this one, factored where the cache keeps factors.
 
         Caches that know nothing of memories get keys and values as of any other model where the memory would need the
         angles of earlier calls.
@@ -139,24 +142,30 @@ class ConvertedAttention(nn.Module):
         index = self.form.call.index
         if past is None:
             return self.memory.read(first, second, turns)
-        if not self.memory.turns_late:
-            first, second = past.update(first, second, index)
+        if hasattr(past, "keep"):
+            first, second, turns = past.keep(first, second, turns, mask, index)
             return self.memory.read(first, second, turns)
-        if not hasattr(past, "update_turns"):
+        if self.memory.turns_late:
             return past.update(*self.memory.read(first, second, turns), index)  # type: ignore[no-any-return]
-        if turns is not None:
-            turns = past.update_turns(turns, index, hidden.shape[0])
         first, second = past.update(first, second, index)
         return self.memory.read(first, second, turns)
 
 
 def attend(
-    query_BHSd: Tensor, key_BGTd: Tensor, value_BGTe: Tensor, mask: Tensor | None, scale: float, cap: float | None
+    query_BHSd: Tensor,
+    key_BGTd: Tensor | Factored,
+    value_BGTe: Tensor | Factored,
+    mask: Tensor | None,
+    scale: float,
+    cap: float | None,
 ) -> Tensor:
     """Attention of H heads to G, [B, S, H, e]. Without a mask queries see the keys up to their own.
 
     `mask` [B, 1 or H, S, T]: true where a key is seen, or numbers that are added.
     """
+    if isinstance(key_BGTd, Factored) and isinstance(value_BGTe, Factored) and query_BHSd.shape[2] == 1:
+        return attend_to_factors(query_BHSd, key_BGTd, value_BGTe, mask, scale, cap)
+    key_BGTd, value_BGTe = formed(key_BGTd), formed(value_BGTe)
     batch, heads, queries, _ = query_BHSd.shape
     groups = key_BGTd.shape[1]
     if mask is not None and mask.shape[-1] != key_BGTd.shape[-2]:
@@ -167,7 +176,7 @@ def attend(
         rows = query_BHSd.view(batch, groups, heads // groups, -1)
         out = F.scaled_dot_product_attention(rows, key_BGTd, value_BGTe, mask, scale=scale)
         return out.reshape(batch, 1, heads, -1)
-    causal = mask is None and queries > 1
+    causal = bool(mask is None and queries > 1)  # a symbol where the length is dynamic
     out = F.scaled_dot_product_attention(
         query_BHSd, key_BGTd, value_BGTe, mask, is_causal=causal, scale=scale, enable_gqa=heads != groups
     )
@@ -183,4 +192,4 @@ def _capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
         queries = scores.shape[-2]
         mask = torch.ones(queries, scores.shape[-1], dtype=torch.bool, device=scores.device).tril()
     scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    return torch.softmax(scores.float(), -1).to(value.dtype) @ value
+    return torch.softmax(scores, -1, torch.promote_types(scores.dtype, torch.float32)).to(value.dtype) @ value
