@@ -12,9 +12,12 @@ from __future__ import annotations
 from itertools import groupby
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ..rewriter.convert.attention import attend
+from ..rewriter.nodes import args_of
+from ..rewriter.registry import LibraryCall, lowering
+from .generated import DTYPES, unavailable
 
 __all__ = ["attend_picked", "columns_of_heads", "rows_of_heads"]
 
@@ -23,8 +26,8 @@ torch.library.define(
 )
 torch.library.define(
     "latent::attend_picked",
-    "(Tensor query, Tensor heads, int total, Tensor key, Tensor value, Tensor? mask, float scale, float? cap)"
-    " -> Tensor",
+    "(Tensor query, Tensor heads, int total, Tensor key, Tensor value, Tensor? mask, float scale, float? cap, "
+    "bool generated=False) -> Tensor",
 )
 torch.library.define(
     "latent::columns_of_heads", "(Tensor x, Tensor weight, Tensor? bias, Tensor heads, int width) -> Tensor"
@@ -42,7 +45,7 @@ def rows_of_heads(x_C: Tensor, weight: Tensor, bias: Tensor | None, heads: Tenso
 
 
 def columns_of_heads(x_nE: Tensor, weight: Tensor, bias: Tensor | None, heads: Tensor, width: int) -> Tensor:
-    """Σ W_h x_h + b over the heads: weight [C, H·width] -> [C]."""
+    """Σ W_h x_h + b over the heads: weight [C, H·width] -> [C]. Faster where its columns are contiguous in memory."""
     out = weight.new_zeros(weight.shape[0]) if bias is None else bias.clone()
     done = 0
     for first, end in _runs(heads.tolist()):
@@ -61,18 +64,38 @@ def attend_picked(
     mask: Tensor | None,
     scale: float,
     cap: float | None,
+    generated: bool = False,
 ) -> Tensor:
-    """Attention of `heads` out of `total`, [n, E]; `mask` [1, 1 or total, 1, T]. Groups without a head are not read."""
-    repeats = total // key_1GTD.shape[1]
+    """Attention of `heads` out of `total`, [n, E]; `mask` [1, 1 or total, 1, T]. Groups without a head are not read.
+
+    With `generated` by a generated kernel, which splits the keys over the cores however few the heads are.
+    """
+    groups = [head // (total // key_1GTD.shape[1]) for head in heads.tolist()]
     made, done = [], 0
-    for group, members in groupby(heads.tolist(), lambda head: head // repeats):
-        picked = list(members)
-        query = query_nD[None, done : done + len(picked), None]
-        seen = mask if mask is None or mask.shape[1] == 1 else mask[:, picked]
-        one = slice(group, group + 1)
-        made.append(attend(query, key_1GTD[:, one], value_1GTE[:, one], seen, scale, cap)[0, 0])
-        done += len(picked)
+    for _, alike in groupby(sorted(set(groups)), groups.count):  # one call where groups side by side have as many heads
+        for first, end in _runs(list(alike)):
+            count = sum(first <= group < end for group in groups)
+            rows = slice(done, done + count)
+            seen = mask if mask is None or mask.shape[1] == 1 else mask[:, heads[rows]]
+            key, value = key_1GTD[:, first:end], value_1GTE[:, first:end]
+            query = query_nD[None, rows, None]
+            if generated:
+                given = (query, None, key, None, value, seen, None, scale, cap or 0.0, False, 0, 0)
+                made.append(torch.ops.latent.generated_attention(*given)[0, :, 0])
+            else:
+                made.append(attend(query, key, value, seen, scale, cap)[0, 0])
+            done += count
     return torch.cat(made)
+
+
+@lowering("latent::attend_picked")
+def choose(node: fx.Node, gradients: bool) -> tuple[LibraryCall, str]:
+    """The form for one node of a compiled graph and the reason in words."""
+    value, given = node.meta["val"], args_of(node)
+    generated = value.dtype in DTYPES and not gradients and not unavailable(value.device.type)
+    reason = "keys split over cores" if generated else "scaled_dot_product_attention of the heads that are picked"
+    operator = torch.ops.latent.attend_picked.default
+    return LibraryCall(operator, (*given[:8], generated), {}), f"{'generated kernel: ' * generated}{reason}"
 
 
 def _runs(heads: list[int]) -> list[tuple[int, int]]:

@@ -73,6 +73,7 @@ class RoutedHeads:
                 raise ConversionRefused(self.name, f"the heads of {layer.path} are routed already")
             hidden, dtype = layer.query.weight.shape[-1], layer.query.weight.dtype
             attention.gate = HeadRouter(hidden, order, shared, picked).to(layer.query.weight.device, dtype)
+            attention.gate.placed(attention)
         if any(shared + picked < layer.heads for layer, (shared, picked) in zip(decoder.layers, counts, strict=True)):
             warnings.warn(
                 f"{self.name}: heads are skipped from now on, and the routers are untrained: the model is worse than "
@@ -147,6 +148,11 @@ class HeadRouter(HeadGate):
             "shared": self.shared,
             "picked": self.picked,
         }
+
+    def placed(self, attention: ConvertedAttention) -> None:
+        """The columns of a head are read as one piece."""
+        weight = attention.output.weight
+        weight.data = weight.data.t().contiguous().t()
 
     def forward(
         self, attention: ConvertedAttention, hidden: Tensor, turns: Turns | None, mask: Tensor | None, past: Any

@@ -146,6 +146,9 @@ class HeadGate(nn.Module):
         """The arguments that build it again, without its weights; plain JSON."""
         raise NotImplementedError
 
+    def placed(self, attention: ConvertedAttention) -> None:
+        """Called when it stands in an attention whose weights are there, so that it may order them in memory."""
+
 
 def attend(
     query_BHSd: Tensor, key_BGTd: Tensor, value_BGTe: Tensor, mask: Tensor | None, scale: float, cap: float | None
