@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .layers import AttentionLayer, CallForm, ConversionRefused, Rotary
 from .memory import FullMemory, Memory, heads_of
+from .norms import HeadNorm
 from .rotation import Turns, rotate, turns_of
 
 __all__ = ["AttentionForm", "ConvertedAttention", "HeadGate", "attend"]
@@ -60,11 +61,12 @@ class AttentionForm:
 class ConvertedAttention(nn.Module):
     """Attention with a memory of its own; called as the module it replaces."""
 
-    def __init__(self, form: AttentionForm, memory: Memory) -> None:
+    def __init__(self, form: AttentionForm, memory: Memory, query_norm: HeadNorm | None = None) -> None:
         super().__init__()
         self.form = form
         self.query = nn.Linear(form.hidden, form.heads * form.query_width, form.bias[0])
         self.output = nn.Linear(form.heads * form.value_width, form.hidden, form.bias[1])
+        self.query_norm = query_norm
         self.memory = memory
         self.gate: HeadGate | None = None
 
@@ -72,7 +74,7 @@ class ConvertedAttention(nn.Module):
     def of(cls, layer: AttentionLayer, memory: Memory | None = None) -> ConvertedAttention:
         """The layer as it is, or with another memory."""
         with torch.device("meta"):
-            made = cls(AttentionForm.of(layer), memory or FullMemory.of(layer))
+            made = cls(AttentionForm.of(layer), memory or FullMemory.of(layer), HeadNorm.of(layer.query_norm))
         made.query = layer.query.linear()
         made.output = type(layer.output)(layer.output.weight.flatten(1), layer.output.bias).linear()
         return made
@@ -82,6 +84,11 @@ class ConvertedAttention(nn.Module):
         if not isinstance(self.memory, FullMemory):
             held = type(self.memory).__name__
             raise ConversionRefused(recipe, f"an earlier recipe put in a {held}; an attention has one memory")
+        if self.memory.key_norm is not None:
+            raise ConversionRefused(
+                recipe,
+                "a norm stands between the projection of the keys and the scores; low rank does not commute with it",
+            )
         self.memory = memory
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -107,6 +114,8 @@ class ConvertedAttention(nn.Module):
     def attention(self, hidden: Tensor, turns: Turns | None, mask: Tensor | None, past: Any) -> Tensor:
         """What the heads give, side by side: [B, S, H·e]."""
         query = heads_of(self.query(hidden), self.form.heads)
+        if self.query_norm is not None:
+            query = self.query_norm(query)
         if self.form.rotary is not None and turns is not None:
             query = rotate(query, turns, self.form.rotary)
         key, value = self.remember(hidden, turns, past)

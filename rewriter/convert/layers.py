@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Affine", "AttentionLayer", "CallForm", "ConversionRefused", "Decoder", "Rotary"]
+__all__ = ["Affine", "AttentionLayer", "CallForm", "ConversionRefused", "Decoder", "HeadNormFacts", "Rotary"]
 
 
 class ConversionRefused(ValueError):
@@ -64,6 +64,16 @@ class Rotary:
 
 
 @dataclass(frozen=True)
+class HeadNormFacts:
+    """A norm between a projection and the scores: its weight [heads, width], over each head or all of them together."""
+
+    kind: Literal["rms", "layer"]
+    weight: Tensor
+    together: bool
+    eps: float
+
+
+@dataclass(frozen=True)
 class CallForm:
     """How the model calls its attention: the names of the parameters in order, and what is given back."""
 
@@ -92,6 +102,8 @@ class AttentionLayer:
     cap: float | None
     call: CallForm
     turns: int = 0
+    query_norm: HeadNormFacts | None = None
+    key_norm: HeadNormFacts | None = None
 
     @property
     def heads(self) -> int:

@@ -18,8 +18,18 @@ __all__ = ["Function", "affine_map", "part_of"]
 Function = Callable[[Tensor], Tensor]
 
 
-def part_of(gm: fx.GraphModule, source: fx.Node, target: fx.Node, given: Mapping[fx.Node, Tensor]) -> Function:
-    """`target` as a function of `source`; `given` are values of other nodes, the graph's inputs among them."""
+def part_of(
+    gm: fx.GraphModule,
+    source: fx.Node,
+    target: fx.Node,
+    given: Mapping[fx.Node, Tensor],
+    same: Mapping[fx.Node, fx.Node] | None = None,
+) -> Function:
+    """`target` as a function of `source`; `given` are values of other nodes, the graph's inputs among them.
+
+    A node in `same` is left out: its value is that of the node that it is mapped to.
+    """
+    same = same or {}
     needed: set[fx.Node] = set()
     pending = [target]
     while pending:
@@ -27,7 +37,7 @@ def part_of(gm: fx.GraphModule, source: fx.Node, target: fx.Node, given: Mapping
         if node in needed or node is source or node in given:
             continue
         needed.add(node)
-        pending.extend(node.all_input_nodes)
+        pending.extend([same[node]] if node in same else node.all_input_nodes)
     order = [node for node in gm.graph.nodes if node in needed]
 
     def run(x: Tensor) -> Tensor:
@@ -35,7 +45,7 @@ def part_of(gm: fx.GraphModule, source: fx.Node, target: fx.Node, given: Mapping
         interpreter.env.update({**given, source: x})
         with torch.no_grad():
             for node in order:
-                interpreter.env[node] = interpreter.run_node(node)
+                interpreter.env[node] = interpreter.env[same[node]] if node in same else interpreter.run_node(node)
         result: Tensor = interpreter.env[target]
         return result.to(x.dtype)  # rotations in float32 and the like
 

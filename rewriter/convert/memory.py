@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers import AttentionLayer, Rotary
+from .norms import HeadNorm
 from .rotation import Turns, rotate
 
 __all__ = ["FullMemory", "Memory", "heads_of"]
@@ -53,12 +54,20 @@ class FullMemory(Memory):
     """Keys and values themselves: nothing is changed."""
 
     def __init__(
-        self, hidden: int, groups: int, key_width: int, value_width: int, bias: tuple[bool, bool], rotary: Rotary | None
+        self,
+        hidden: int,
+        groups: int,
+        key_width: int,
+        value_width: int,
+        bias: tuple[bool, bool],
+        rotary: Rotary | None,
+        key_norm: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(rotary)
         self.groups, self.key_width, self.value_width = groups, key_width, value_width
         self.key = nn.Linear(hidden, groups * key_width, bias[0])
         self.value = nn.Linear(hidden, groups * value_width, bias[1])
+        self.key_norm = HeadNorm(**key_norm) if key_norm else None
 
     @classmethod
     def of(cls, layer: AttentionLayer) -> FullMemory:
@@ -72,6 +81,7 @@ class FullMemory(Memory):
                 layer.rotary,
             )
         made.key, made.value = layer.key.linear(), layer.value.linear()
+        made.key_norm = HeadNorm.of(layer.key_norm)
         return made
 
     def settings(self) -> dict[str, object]:
@@ -81,10 +91,13 @@ class FullMemory(Memory):
             "key_width": self.key_width,
             "value_width": self.value_width,
             "bias": [self.key.bias is not None, self.value.bias is not None],
+            "key_norm": self.key_norm.settings() if self.key_norm is not None else None,
         }
 
     def new(self, hidden: Tensor, turns: Turns | None) -> tuple[Tensor, Tensor]:
         key = heads_of(self.key(hidden), self.groups)
+        if self.key_norm is not None:
+            key = self.key_norm(key)
         return self.turned(key, turns), heads_of(self.value(hidden), self.groups)
 
     def read(self, first: Tensor, second: Tensor, turns: Turns | None) -> tuple[Tensor, Tensor]:

@@ -22,14 +22,16 @@ from ..explain import call_through
 from ..layouts import is_cast, is_tensor, layout_step
 from ..normal_form import normalise
 from ..opening import decompositions
-from ..origins.pieces import Norm, Origin, Projection, Rope, origins
+from ..origins.pieces import Norm, Origin, Projection, Reading, Rope, origins
+from ..origins.walk import find_producer
 from ..provenance import module_path
 from ..recognise import recognise
 from ..score_form import ScoreForm, score_form, unusual_weights
 from ..sites import AttentionSite, Operand
 from .attention import CACHES, ConvertedAttention
-from .layers import Affine, AttentionLayer, CallForm, ConversionRefused, Decoder, Rotary
+from .layers import Affine, AttentionLayer, CallForm, ConversionRefused, Decoder, HeadNormFacts, Rotary
 from .linear_maps import affine_map, part_of
+from .norms import read_norm
 
 __all__ = ["probe_tokens", "read_decoder"]
 
@@ -140,7 +142,10 @@ class _Reader:
         value = self._projection(source, site.value, found.value, "value", axes.heads, axes.value_width)
         call = CallForm((), 0, -1)
         output = self._output()
-        return AttentionLayer(self.path, query, key, value, output, self._rotary(), scale, scores.cap, call)
+        norms = self._norm(found.query, query.weight), self._norm(found.key, key.weight)
+        return AttentionLayer(
+            self.path, query, key, value, output, self._rotary(), scale, scores.cap, call, 0, norms[0], norms[1]
+        )
 
     def _named(self) -> list[tuple[str, Origin]]:
         return [("query", self.origins.query), ("key", self.origins.key), ("value", self.origins.value)]
@@ -150,14 +155,40 @@ class _Reader:
         projection = next((piece for piece in origin if isinstance(piece, Projection)), None)
         if projection is None or not projection.learned:
             raise self.refuse(f"the {which} comes from no projection with a weight")
-        if any(isinstance(piece, Norm) for piece in origin.pieces[: origin.pieces.index(projection)]):
-            raise self.refuse(
-                f"a norm stands between the projection of the {which} and the scores; low rank does not commute with it"
-            )
+        if which == "value" and self._norms(origin):
+            raise self.refuse("a norm stands between the projection of the values and the attention")
         node = projection.source
         while (step := layout_step(node)) is not None:
             node = step.source
         return node
+
+    def _norms(self, origin: Origin) -> dict[fx.Node, tuple[Norm, fx.Node]]:
+        """The norms between the attention and the projection, with what they read."""
+        found: dict[fx.Node, tuple[Norm, fx.Node]] = {}
+        for piece in origin:
+            if isinstance(piece, Projection):
+                break
+            if isinstance(piece, Norm):
+                made = find_producer(piece.node, Reading(piece.node))
+                if made is None or made.source is None:
+                    raise self.refuse("a norm of its queries or keys cannot be read")
+                found[piece.node] = (piece, made.source)
+        return found
+
+    def _norm(self, origin: Origin, weight: Tensor) -> HeadNormFacts | None:
+        norms = list(self._norms(origin).values())
+        if not norms:
+            return None
+        if len(norms) > 1:
+            raise self.refuse("more than one norm stands between a projection and the scores")
+        norm, source = norms[0]
+        like = source.meta["val"]
+        empty = torch.empty(tuple(like.shape), dtype=like.dtype, device=like.device)
+        run = part_of(self.gm, source, norm.node, self.inputs)
+        found = read_norm(run, empty, norm.kind, weight.shape[0], weight.shape[1])
+        if found is None:
+            raise self.refuse("a norm of its queries or keys is neither over one head nor over all of them")
+        return found
 
     def _ropes(self) -> tuple[Rope | None, Rope | None]:
         pair = [next((p for p in origin if isinstance(p, Rope)), None) for _, origin in self._named()[:2]]
@@ -199,7 +230,8 @@ class _Reader:
         """[heads, width, C] from hidden states to where the attention reads them, rotations left out."""
         axes = self.site.axes
         tokens = axes.queries if which == "query" else axes.keys
-        run = part_of(self.gm, source, operand.node, self.inputs | self._unturned())
+        skipped = {node: read for node, (_, read) in self._norms(origin).items()}
+        run = part_of(self.gm, source, operand.node, self.inputs | self._unturned(), skipped)
         layout = self.site.space.resolve_layout(operand.layout)
 
         def function(x: Tensor) -> Tensor:

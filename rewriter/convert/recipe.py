@@ -27,6 +27,7 @@ from .attention import ConvertedAttention
 from .calibrate import Calibration
 from .layers import Decoder
 from .memory import FullMemory
+from .norms import HeadNorm
 
 __all__ = ["Needs", "Recipe", "part", "part_named", "recipe", "recipes"]
 
@@ -93,3 +94,4 @@ def _load() -> None:
 
 
 part(FullMemory)
+part(HeadNorm)

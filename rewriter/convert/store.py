@@ -7,7 +7,7 @@ other module are. It is all that is needed: neither the recipes nor the texts ar
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,7 @@ def settings_of(attention: ConvertedAttention) -> dict[str, Any]:
     return {
         "form": asdict(attention.form),
         "parts": {
-            name: {
-                "class": type(module).__name__,
-                "rotary": asdict(module.rotary) if getattr(module, "rotary", None) is not None else None,
-                **module.settings(),
-            }
+            name: {"class": type(module).__name__, **_rotary_settings(module), **module.settings()}
             for name, module in parts.items()
         },
     }
@@ -60,9 +56,8 @@ def attention_of(settings: dict[str, Any]) -> ConvertedAttention:
     form = dict(settings["form"])
     form |= {"rotary": _rotary(form["rotary"]), "bias": tuple(form["bias"])}
     form["call"] = CallForm(**{**form["call"], "parameters": tuple(form["call"]["parameters"])})
-    known = {field.name for field in fields(AttentionForm)}
     parts = {name: _part(dict(part)) for name, part in settings["parts"].items()}
-    made = ConvertedAttention(AttentionForm(**{k: v for k, v in form.items() if k in known}), parts.pop("memory"))
+    made = ConvertedAttention(AttentionForm(**form), parts.pop("memory"))
     for name, module in parts.items():
         setattr(made, name, module)
     return made
@@ -70,14 +65,15 @@ def attention_of(settings: dict[str, Any]) -> ConvertedAttention:
 
 def _part(settings: dict[str, Any]) -> Any:
     kind = part_named(settings.pop("class"))
-    rotary = _rotary(settings.pop("rotary"))
-    return kind(**settings, rotary=rotary) if rotary is not None or "rotary" in _arguments(kind) else kind(**settings)
+    if "rotary" in settings:
+        settings["rotary"] = _rotary(settings["rotary"])
+    return kind(**settings)
 
 
-def _arguments(kind: type[Any]) -> set[str]:
-    import inspect
-
-    return set(inspect.signature(kind.__init__).parameters)
+def _rotary_settings(module: Any) -> dict[str, Any]:
+    if not hasattr(module, "rotary"):
+        return {}
+    return {"rotary": asdict(module.rotary) if module.rotary is not None else None}
 
 
 def _rotary(settings: dict[str, Any] | None) -> Rotary | None:
