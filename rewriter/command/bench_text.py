@@ -9,6 +9,7 @@ from typing import Any
 from ...kernels.machine import Machine
 from ..units import plural, size_text
 from .bench import Bench, PhaseResult
+from .console import aligned
 from .targets import TargetError
 
 __all__ = ["import_matplotlib", "plot", "render"]
@@ -38,14 +39,11 @@ def _phase(phase: PhaseResult, machine: Machine) -> list[str]:
         rows.append(
             (r.name, f"{_ms(r.times.median)} ms", spread, faster, share, compiling, size_text(r.peak_bytes), differs)
         )
-    widths = [max(len(row[n]) for row in rows) for n in range(len(heads))]
     title = phase.title
     if phase.least and bound is not None:
         title += f" · at least {size_text(phase.least.bytes)} and {phase.least.flops / 1e9:.3g} GFLOP: {_ms(bound)} ms"
     lines = [title, "─" * len(title)]
-    for row in rows:
-        cells = [f"{row[0]:<{widths[0]}}", *(f"{cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  " + "   ".join(cells).rstrip())
+    lines += aligned(rows)
     caches = {r.cache_bytes_per_token for r in phase.results} - {None}
     if caches:
         sizes = ", ".join(f"{value:,.0f}".replace(",", " ") for value in sorted(c for c in caches if c is not None))

@@ -21,6 +21,7 @@ from .common import stdout_is_for_us as _stdout_is_for_us
 from .console import err, progress, show, table
 from .diff import diff
 from .dump import dump
+from .eval import evaluate
 from .masks import masks
 from .mlir import mlir
 from .report import report
@@ -40,6 +41,7 @@ app.command()(report)
 app.command()(bisect)
 app.command()(masks)
 app.command()(mlir)
+app.command(name="eval")(evaluate)
 app.add_typer(rewrites, name="rewrites")
 app.add_typer(patterns, name="patterns")
 

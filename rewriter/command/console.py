@@ -13,7 +13,7 @@ from rich.highlighter import RegexHighlighter
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.theme import Theme
 
-__all__ = ["counted", "err", "out", "progress", "show", "table"]
+__all__ = ["aligned", "counted", "err", "out", "progress", "show", "table"]
 
 THEME = Theme(
     {
@@ -73,6 +73,16 @@ def table(rows: Sequence[tuple[str, ...]], indent: int = 2) -> None:
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))] if rows else []
     for row in rows:
         show(" " * indent + "   ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip())
+
+
+def aligned(rows: Sequence[tuple[str, ...]], indent: int = 2) -> list[str]:
+    """A line for each row: names on the left, numbers right-aligned below their heads."""
+    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
+    lines = []
+    for name, *numbers in rows:
+        cells = [f"{name:<{widths[0]}}", *(f"{cell:>{w}}" for cell, w in zip(numbers, widths[1:], strict=True))]
+        lines.append(" " * indent + "   ".join(cells).rstrip())
+    return lines
 
 
 @contextlib.contextmanager

@@ -1,0 +1,210 @@
+"""`python tests/benchmarks/compression.py`: methods that make the cache of SmolLM2-135M smaller, at equal bytes.
+
+Every method is calibrated with three draws of text and scored on the same windows: at least 20 000 tokens of prose
+and of code. Methods of about the same bytes stand together, naive baselines among them; ± is the standard deviation
+over the draws. Each run is appended to --out, and runs that are there already are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from latent.rewriter.command.console import aligned, counted, progress
+from latent.rewriter.command.demo import smollm2_folder
+from latent.rewriter.command.eval import cache_for, load_model, load_tokenizer
+from latent.rewriter.evaluate.evaluation import (
+    Evaluation,
+    Material,
+    Protocol,
+    evaluate,
+    evaluate_original,
+    material,
+    references,
+)
+from latent.rewriter.evaluate.forward import CacheOf
+from latent.rewriter.evaluate.quality import Reference
+from latent.rewriter.evaluate.texts import DEFAULT_TEXTS, calibration_tokens, read_text
+from latent.rewriter.units import number_text
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of the table."""
+
+    name: str
+    convert: Callable[[Any, torch.Tensor], Any] = lambda model, tokens: model
+    """(a copy of the original, calibration tokens [windows, length]) -> the model that is measured."""
+    cache_of: CacheOf = cache_for
+    calibrated: bool = True
+    """Without calibration one run says all."""
+
+
+class HalfLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values in 16 bits: what every other method of half the bytes has to beat."""
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        held = super().update(keys.bfloat16(), values.bfloat16(), *args, **kwargs)
+        return tuple(tensor.to(keys.dtype) for tensor in held)
+
+
+def half_cache(model: Any) -> Any:
+    cache = DynamicCache(config=model.config)
+    cache.layers = [HalfLayer() for _ in cache.layers]
+    return cache
+
+
+METHODS: tuple[Method, ...] = (Method("bfloat16 cache", cache_of=half_cache, calibrated=False),)
+
+
+def main(methods: Sequence[Method] = METHODS) -> None:
+    given = _arguments(methods)
+    folder = str(given.folder or smollm2_folder())
+    protocol = Protocol(tokens=given.tokens, gaps=tuple(given.gap), lengths=tuple(given.filled))
+    tokenizer = load_tokenizer(Path(folder))
+    drawn = material(tokenizer, [read_text(name) for name in DEFAULT_TEXTS], protocol)
+    calibrating = [read_text(name) for name in given.calibrate]
+    settings = {
+        "tokens": given.tokens,
+        "calibrate": given.calibrate,
+        "windows": given.windows,
+        "texts": {sample.text: sample.digest for sample in drawn.samples},
+    }
+    runs = Runs(given.out, settings)
+
+    original = load_model(folder)
+    known = references(original, drawn, protocol, bar(DENSE))
+    if runs.missing(DENSE, 0):
+        found = evaluate_original(DENSE, original, drawn, protocol, known, cache_for, bar(DENSE))
+        runs.add(DENSE, 0, found)
+    del original
+    for method in methods:
+        if given.method and method.name not in given.method:
+            continue
+        for seed in range(given.seeds if method.calibrated else 1):
+            if runs.missing(method.name, seed):
+                tokens = calibration_tokens(tokenizer, calibrating, given.windows, 256, seed)
+                runs.add(method.name, seed, measured(method, folder, tokens, drawn, protocol, known))
+        print(f"\n{table(runs.found)}\n", flush=True)
+
+
+def measured(
+    method: Method,
+    folder: str,
+    tokens: torch.Tensor,
+    drawn: Material,
+    protocol: Protocol,
+    known: dict[str, Reference],
+) -> Evaluation:
+    model = load_model(folder)
+    with progress(f"{method.name}: converting"):
+        model = method.convert(model, tokens)
+    return evaluate(method.name, model, drawn, protocol, method.cache_of, known, bar(method.name))
+
+
+def bar(name: str) -> Callable[[str, int], AbstractContextManager[Callable[[], None]]]:
+    return lambda what, total: counted(f"{name}: {what}", total)
+
+
+class Runs:
+    """What was measured with these settings, in memory and in a file of a line for each run."""
+
+    def __init__(self, file: Path, settings: dict[str, Any]) -> None:
+        self.file, self.settings = file, settings
+        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        self.found: list[dict[str, Any]] = [line for line in lines if line["settings"] == settings]
+
+    def missing(self, method: str, seed: int) -> bool:
+        return all((run["name"], run["seed"]) != (method, seed) for run in self.found)
+
+    def add(self, method: str, seed: int, evaluation: Evaluation) -> None:
+        run = {"settings": self.settings, "seed": seed, **evaluation.to_dict()}
+        self.found.append(json.loads(json.dumps(run)))
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(run) + "\n")
+
+
+def table(runs: Sequence[dict[str, Any]]) -> str:
+    """Methods in groups of about equal bytes, the best on the first text first."""
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        by_name.setdefault(run["name"], []).append(run)
+    base = held(by_name[DENSE])
+    groups: dict[int, list[list[dict[str, Any]]]] = {}
+    for same in by_name.values():
+        groups.setdefault(5 * round(20 * held(same) / base), []).append(same)
+    texts = [score["text"] for score in runs[0]["scores"]]
+    heads = ("", "B/token", *(head for text in texts for head in (text, "±", "vs dense", "±", "KL", "same")))
+    heads += tuple(f"{recall['gap']} apart" for recall in runs[0]["recalls"])
+    rows, breaks = [heads], []
+    for _, members in sorted(groups.items(), reverse=True):
+        breaks.append(len(rows))
+        rows += [line(same) for same in sorted(members, key=lambda same: mean(same, 0, "perplexity", "mean"))]
+    lines = aligned(rows, indent=0)
+    for place in reversed(breaks):
+        share = 5 * round(20 * held(by_name[rows[place][0]]) / base)
+        lines.insert(place, f"── about {share} % of the bytes")
+    return "\n".join(lines)
+
+
+def line(same: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """The draws of one method."""
+    cells = [same[0]["name"], number_text(round(held(same)))]
+    for text in range(len(same[0]["scores"])):
+        cells += [f"{mean(same, text, 'perplexity', 'mean'):.2f}", spread(same, text, "perplexity", "mean", 1)]
+        if same[0]["scores"][text]["against"] is None:
+            cells += ["–"] * 4
+            continue
+        cells += [f"{100 * mean(same, text, 'against', 'increase'):+.1f} %"]
+        cells += [spread(same, text, "against", "increase", 100)]
+        cells += [f"{max(0.0, mean(same, text, 'against', 'kl')):.2g}"]
+        cells += [f"{100 * mean(same, text, 'against', 'agreement'):.1f} %"]
+    draws = zip(*(run["recalls"] for run in same), strict=True)
+    cells += [f"{statistics.mean(recall['gain'] for recall in each):.1f}" for each in draws]
+    return tuple(cells)
+
+
+def held(same: Sequence[dict[str, Any]]) -> float:
+    """Bytes per token of the fullest cache."""
+    return statistics.mean(run["decodings"][-1]["bytes_per_token"] for run in same)
+
+
+def values(same: Sequence[dict[str, Any]], text: int, what: str, which: str) -> list[float]:
+    return [run["scores"][text][what][which] for run in same]
+
+
+def mean(same: Sequence[dict[str, Any]], text: int, what: str, which: str) -> float:
+    return statistics.mean(values(same, text, what, which))
+
+
+def spread(same: Sequence[dict[str, Any]], text: int, what: str, which: str, factor: float) -> str:
+    return f"{factor * statistics.stdev(values(same, text, what, which)):.2f}" if len(same) > 1 else "–"
+
+
+def _arguments(methods: Sequence[Method]) -> argparse.Namespace:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--folder", help="another model than SmolLM2")
+    options.add_argument("--method", action="append", default=[], choices=[m.name for m in methods])
+    options.add_argument("--tokens", type=int, default=20_000, help="scored of each text")
+    options.add_argument("--seeds", type=int, default=3, help="draws of calibration text")
+    options.add_argument("--calibrate", nargs="+", default=[DEFAULT_TEXTS[0]], help="texts; several are mixed")
+    options.add_argument("--windows", type=int, default=48, help="of 256 tokens, to calibrate on")
+    options.add_argument("--gap", type=int, nargs="*", default=[128, 512, 2048])
+    options.add_argument("--filled", type=int, nargs="+", default=[512, 2048])
+    options.add_argument("--out", type=Path, default=Path("compression.jsonl"))
+    return options.parse_args()
+
+
+if __name__ == "__main__":
+    main()
