@@ -194,10 +194,13 @@ class HeadRouter(HeadGate):
         form, op = attention.form, torch.ops.latent
         order = torch.tensor(self.order, device=hidden.device)
         heads = torch.cat((order[: self.shared], order[self.shared :][picked[0, 0]])).sort().values
-        weight, bias = attention.query.weight, attention.query.bias
-        query = op.rows_of_heads(hidden[0, 0], weight, bias, heads, form.query_width)
-        if form.rotary is not None and turns is not None:
-            query = rotate(query[None, :, None], turns, form.rotary)[0, :, 0]
+        if attention.query_norm is not None:  # it may be one of all heads together
+            query = attention.queries(hidden, turns)[0, heads, 0]
+        else:
+            weight, bias = attention.query.weight, attention.query.bias
+            query = op.rows_of_heads(hidden[0, 0], weight, bias, heads, form.query_width)
+            if form.rotary is not None and turns is not None:
+                query = rotate(query[None, :, None], turns, form.rotary)[0, :, 0]
         key, value = attention.remember(hidden, turns, past)
         out = op.attend_picked(query, heads, form.heads, key, value, mask, form.scale, form.cap)
         out = out * weights[0, 0, heads, None]

@@ -113,13 +113,18 @@ class ConvertedAttention(nn.Module):
 
     def attention(self, hidden: Tensor, turns: Turns | None, mask: Tensor | None, past: Any) -> Tensor:
         """What the heads give, side by side: [B, S, H·e]."""
+        query = self.queries(hidden, turns)
+        key, value = self.remember(hidden, turns, past)
+        return attend(query, key, value, mask, self.form.scale, self.form.cap).flatten(2)
+
+    def queries(self, hidden: Tensor, turns: Turns | None) -> Tensor:
+        """[B, H, S, d], at their positions."""
         query = heads_of(self.query(hidden), self.form.heads)
         if self.query_norm is not None:
             query = self.query_norm(query)
         if self.form.rotary is not None and turns is not None:
             query = rotate(query, turns, self.form.rotary)
-        key, value = self.remember(hidden, turns, past)
-        return attend(query, key, value, mask, self.form.scale, self.form.cap).flatten(2)
+        return query
 
     def remember(self, hidden: Tensor, turns: Turns | None, past: Any) -> tuple[Tensor, Tensor]:
         """Keys and values of earlier calls and of this one.
