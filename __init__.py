@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .rewriter.registry import pattern, rewrite
 
 if TYPE_CHECKING:
+    from .passes.recipes.routed_heads import balance_loss
     from .rewriter.convert.cache import LatentCache
     from .rewriter.convert.convert import convert
     from .rewriter.convert.recipe import recipes
@@ -27,6 +28,7 @@ __all__ = [
     "LatentCache",
     "OptionError",
     "Report",
+    "balance_loss",
     "check",
     "convert",
     "explain",
@@ -45,6 +47,7 @@ _LATER = {
     "ExpectationFailed": ".rewriter.options",
     "OptionError": ".rewriter.options",
     "Report": ".rewriter.report",
+    "balance_loss": ".passes.recipes.routed_heads",
     "check": ".rewriter.explain",
     "explain": ".rewriter.explain",
     "LatentCache": ".rewriter.convert.cache",

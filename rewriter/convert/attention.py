@@ -20,7 +20,7 @@ from .memory import FullMemory, Memory, heads_of
 from .norms import HeadNorm
 from .rotation import Turns, rotate, turns_of
 
-__all__ = ["AttentionForm", "ConvertedAttention", "attend"]
+__all__ = ["AttentionForm", "ConvertedAttention", "HeadGate", "attend"]
 
 CACHES = ("past_key_values", "layer_past", "past_key_value")
 """The parameters under which transformers' models hand a cache to their attention."""
@@ -69,6 +69,7 @@ class ConvertedAttention(nn.Module):
         self.output = nn.Linear(form.heads * form.value_width, form.hidden, form.bias[1])
         self.query_norm = query_norm
         self.memory = memory
+        self.gate: HeadGate | None = None
 
     @classmethod
     def of(cls, layer: AttentionLayer, memory: Memory | None = None) -> ConvertedAttention:
@@ -109,12 +110,20 @@ class ConvertedAttention(nn.Module):
         self.form = replace(self.form, value_width=output.weight.shape[2], bias=bias)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        read = self._given(args, kwargs)
+        output = self.output(self.attention(*read)) if self.gate is None else self.gate(self, *read)
+        returns = self.form.call.returns
+        return (output, *(None,) * (returns - 1)) if returns else output
+
+    def heads_given(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What the heads give for a call of the module, side by side: [B, S, H·e]."""
+        return self.attention(*self._given(args, kwargs))
+
+    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Turns | None, Tensor | None, Any]:
         given = dict(zip(self.form.call.parameters, args, strict=False)) | kwargs
         hidden = given[self.form.call.parameters[0]]
         past = next((given[name] for name in CACHES if given.get(name) is not None), None)
-        output = self.output(self.attention(hidden, self.turns(given), given.get("attention_mask"), past))
-        returns = self.form.call.returns
-        return (output, *(None,) * (returns - 1)) if returns else output
+        return hidden, self.turns(given), given.get("attention_mask"), past
 
     def turns(self, given: dict[str, Any]) -> Turns | None:
         rotary = self.form.rotary
@@ -122,13 +131,18 @@ class ConvertedAttention(nn.Module):
 
     def attention(self, hidden: Tensor, turns: Turns | None, mask: Tensor | None, past: Any) -> Tensor:
         """What the heads give, side by side: [B, S, H·e]."""
+        query = self.queries(hidden, turns)
+        key, value = self.remember(hidden, turns, mask, past)
+        return attend(query, key, value, mask, self.form.scale, self.form.cap).flatten(2)
+
+    def queries(self, hidden: Tensor, turns: Turns | None) -> Tensor:
+        """[B, H, S, d], at their positions."""
         query = heads_of(self.query(hidden), self.form.heads)
         if self.query_norm is not None:
             query = self.query_norm(query)
         if self.form.rotary is not None and turns is not None:
             query = rotate(query, turns, self.form.rotary)
-        key, value = self.remember(hidden, turns, mask, past)
-        return attend(query, key, value, mask, self.form.scale, self.form.cap).flatten(2)
+        return query
 
     def remember(
         self, hidden: Tensor, turns: Turns | None, mask: Tensor | None, past: Any
@@ -149,6 +163,23 @@ class ConvertedAttention(nn.Module):
             return past.update(*self.memory.read(first, second, turns), index)  # type: ignore[no-any-return]
         first, second = past.update(first, second, index)
         return self.memory.read(first, second, turns)
+
+
+class HeadGate(nn.Module):
+    """Base: weighs what the heads give before they are joined, and may leave out those of weight 0."""
+
+    def forward(
+        self, attention: ConvertedAttention, hidden: Tensor, turns: Turns | None, mask: Tensor | None, past: Any
+    ) -> Tensor:
+        """Σ_h g_h W_o,h o_h + b_o, [B, S, C]; keys and values of all heads go into the cache."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, object]:
+        """The arguments that build it again, without its weights; plain JSON."""
+        raise NotImplementedError
+
+    def placed(self, attention: ConvertedAttention) -> None:
+        """Called when it stands in an attention whose weights are there, so that it may order them in memory."""
 
 
 def attend(

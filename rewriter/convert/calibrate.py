@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .layers import ConversionRefused
 
-__all__ = ["Calibration", "Progress", "tokens_of"]
+__all__ = ["Calibration", "Progress", "calls", "tokens_of"]
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done, and how much there is."""
@@ -61,7 +61,7 @@ class Calibration:
 
         with torch.no_grad(), hidden_states(self.model, list(maps), see):
             for rows in self.batches(recipe, "second moments"):
-                base_of(self.model)(input_ids=rows, use_cache=False)
+                self.run(rows)
         return sums
 
     def loss(self, modules: Mapping[str, nn.Module], recipe: str, what: str, rows: int = 8) -> float:
@@ -74,6 +74,10 @@ class Calibration:
                 logits = self.model(input_ids=ids, use_cache=False).logits
                 total += float(F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())) * len(ids)
         return total / len(some.required(recipe))
+
+    def run(self, rows: Tensor) -> None:
+        """One forward of the model, without a cache and without logits."""
+        base_of(self.model)(input_ids=rows, use_cache=False)
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -98,11 +102,24 @@ def put_in(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]
 @contextlib.contextmanager
 def hidden_states(model: nn.Module, paths: Sequence[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Call `see(path, hidden)` with what each attention module is given, until the block ends."""
+
+    def first(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        see(path, args[0] if args else kwargs["hidden_states"])
+
+    with calls(model, paths, first):
+        yield
+
+
+@contextlib.contextmanager
+def calls(
+    model: nn.Module, paths: Sequence[str], see: Callable[[str, tuple[Any, ...], dict[str, Any]], None]
+) -> Iterator[None]:
+    """Call `see(path, args, kwargs)` with the arguments of each attention module, until the block ends."""
     handles = []
     for path in paths:
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
-            see(path, args[0] if args else kwargs["hidden_states"])
+            see(path, args, kwargs)
 
         handles.append(model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
     try:

@@ -104,6 +104,9 @@ def load(folder: str | Path, **options: Any) -> Any:
     model.__class__ = kind
     if wrong := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
         raise ValueError(f"{folder}: the weights do not fit its config.json: {', '.join(map(str, wrong[:3]))}")
+    for module in model.modules():
+        if isinstance(module, ConvertedAttention) and module.gate is not None:
+            module.gate.placed(module)
     return model.eval()
 
 

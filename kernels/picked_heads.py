@@ -1,0 +1,132 @@
+"""One token through a few heads of an attention: the weights, keys and values of the others are not read.
+
+    q_h = W_q,h x    o_h = softmax(scale · q_h k_g + mask) v_g    out = Σ_h W_o,h o_h    over the heads h in `heads`
+
+`heads` [n] are sorted. Heads side by side are one product with a slice of a weight, heads of a group one product with
+its keys: nothing is copied, as indexing would. Which heads they are must be known on the host: a device waits for it.
+The operators have no gradients.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import torch
+from torch import Tensor, fx
+
+from ..rewriter.convert.attention import attend
+from ..rewriter.nodes import args_of
+from ..rewriter.registry import LibraryCall, lowering
+from .generated import DTYPES, unavailable
+
+__all__ = ["attend_picked", "columns_of_heads", "rows_of_heads"]
+
+torch.library.define(
+    "latent::rows_of_heads", "(Tensor x, Tensor weight, Tensor? bias, Tensor heads, int width) -> Tensor"
+)
+torch.library.define(
+    "latent::attend_picked",
+    "(Tensor query, Tensor heads, int total, Tensor key, Tensor value, Tensor? mask, float scale, float? cap, "
+    "bool generated=False) -> Tensor",
+)
+torch.library.define(
+    "latent::columns_of_heads", "(Tensor x, Tensor weight, Tensor? bias, Tensor heads, int width) -> Tensor"
+)
+
+
+def rows_of_heads(x_C: Tensor, weight: Tensor, bias: Tensor | None, heads: Tensor, width: int) -> Tensor:
+    """W_h x + b_h of the heads: weight [H·width, C] -> [n, width]."""
+    made = []
+    for first, end in _runs(heads.tolist()):
+        rows = slice(first * width, end * width)
+        part = torch.mv(weight[rows], x_C)
+        made.append(part if bias is None else part + bias[rows])
+    return torch.cat(made).view(-1, width)
+
+
+def columns_of_heads(x_nE: Tensor, weight: Tensor, bias: Tensor | None, heads: Tensor, width: int) -> Tensor:
+    """Σ W_h x_h + b over the heads: weight [C, H·width] -> [C]. Faster where its columns are contiguous in memory."""
+    out = weight.new_zeros(weight.shape[0]) if bias is None else bias.clone()
+    done = 0
+    for first, end in _runs(heads.tolist()):
+        part = x_nE[done : done + end - first].flatten()
+        out.addmv_(weight[:, first * width : end * width], part)
+        done += end - first
+    return out
+
+
+def attend_picked(
+    query_nD: Tensor,
+    heads: Tensor,
+    total: int,
+    key_1GTD: Tensor,
+    value_1GTE: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    cap: float | None,
+    generated: bool = False,
+) -> Tensor:
+    """Attention of `heads` out of `total`, [n, E]; `mask` [1, 1 or total, 1, T]. Groups without a head are not read.
+
+    With `generated` by a generated kernel, which splits the keys over the cores however few the heads are.
+    """
+    groups = [head // (total // key_1GTD.shape[1]) for head in heads.tolist()]
+    made, done = [], 0
+    for _, alike in groupby(sorted(set(groups)), groups.count):  # one call where groups side by side have as many heads
+        for first, end in _runs(list(alike)):
+            count = sum(first <= group < end for group in groups)
+            rows = slice(done, done + count)
+            seen = mask if mask is None or mask.shape[1] == 1 else mask[:, heads[rows]]
+            key, value = key_1GTD[:, first:end], value_1GTE[:, first:end]
+            query = query_nD[None, rows, None]
+            if generated:
+                given = (query, None, key, None, value, seen, None, scale, cap or 0.0, False, 0, 0)
+                made.append(torch.ops.latent.generated_attention(*given)[0, :, 0])
+            else:
+                made.append(attend(query, key, value, seen, scale, cap)[0, 0])
+            done += count
+    return torch.cat(made)
+
+
+@lowering("latent::attend_picked")
+def choose(node: fx.Node, gradients: bool) -> tuple[LibraryCall, str]:
+    """The form for one node of a compiled graph and the reason in words."""
+    value, given = node.meta["val"], args_of(node)
+    generated = value.dtype in DTYPES and not gradients and not unavailable(value.device.type)
+    reason = "keys split over cores" if generated else "scaled_dot_product_attention of the heads that are picked"
+    operator = torch.ops.latent.attend_picked.default
+    return LibraryCall(operator, (*given[:8], generated), {}), f"{'generated kernel: ' * generated}{reason}"
+
+
+def _runs(heads: list[int]) -> list[tuple[int, int]]:
+    """Sorted numbers as ranges: [0, 1, 4] -> [(0, 2), (4, 5)]."""
+    found: list[tuple[int, int]] = []
+    for head in heads:
+        if found and found[-1][1] == head:
+            found[-1] = (found[-1][0], head + 1)
+        else:
+            found.append((head, head + 1))
+    return found
+
+
+for name, body in (
+    ("rows_of_heads", rows_of_heads),
+    ("attend_picked", attend_picked),
+    ("columns_of_heads", columns_of_heads),
+):
+    torch.library.impl(f"latent::{name}", "CompositeExplicitAutograd", body)
+
+
+@torch.library.register_fake("latent::rows_of_heads")
+def _rows_shape(x: Tensor, weight: Tensor, bias: Tensor | None, heads: Tensor, width: int) -> Tensor:
+    return x.new_empty(heads.shape[0], width)
+
+
+@torch.library.register_fake("latent::attend_picked")
+def _attend_shape(query: Tensor, heads: Tensor, total: int, key: Tensor, value: Tensor, *_: object) -> Tensor:
+    return query.new_empty(heads.shape[0], value.shape[-1])
+
+
+@torch.library.register_fake("latent::columns_of_heads")
+def _columns_shape(x: Tensor, weight: Tensor, bias: Tensor | None, heads: Tensor, width: int) -> Tensor:
+    return x.new_empty(weight.shape[0])

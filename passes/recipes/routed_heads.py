@@ -1,0 +1,242 @@
+"""Heads that are routed: every token takes the shared ones and a few of the others (MoH). It needs training.
+
+    p = softmax(W_r x)            over the n_r routed heads;  the k largest are picked
+    s = h_s softmax(W_s x)        over the h_s shared heads (1 where there is but one)
+    a = 2 softmax(W_a x)          weighs the two kinds (1 where no head is shared)
+    g_h = a_1 s_h  shared         a_2 k p_h / Σ_picked p  picked         0  otherwise
+    out = Σ_h g_h W_o,h o_h
+
+The routers start at zero, where every head that is used has weight 1: with all heads picked the model is the original.
+With fewer it is not: nothing tells yet which head a token can do without, the same heads are skipped for all of them,
+and the model is worse than the original until it was trained on, with the routers:
+
+    model = latent.convert(model, RoutedHeads(share=0.75)).train()
+    loss = model(input_ids=ids, labels=ids).loss + 0.01 * latent.balance_loss(model)
+
+The cache is as large as before, since other tokens need the keys and values of all heads. What becomes less is the
+work: one token alone (decoding without a batch) reads the rows of W_q, the keys and values, and the columns of W_o of
+its heads only; keys that several heads share are read unless all of these are skipped. Longer calls compute every head.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels import picked_heads as _picked_heads  # noqa: F401  # defines the operators that are called below
+from ...rewriter.convert.attention import ConvertedAttention, HeadGate
+from ...rewriter.convert.calibrate import Calibration, calls
+from ...rewriter.convert.layers import AttentionLayer, ConversionRefused, Decoder
+from ...rewriter.convert.recipe import Needs, part, recipe
+from ...rewriter.convert.rotation import Turns, rotate
+
+__all__ = ["HeadRouter", "RoutedHeads", "UntrainedRouter", "balance_loss"]
+
+
+class UntrainedRouter(UserWarning):
+    """A model skips heads, and nobody has taught it yet which."""
+
+
+@recipe
+@dataclass(frozen=True)
+class RoutedHeads:
+    """Let every token use its own few heads besides those that all share; needs training.
+
+    A token uses `share` of the heads, or the shared ones and `picked` more. `shared` is how many all tokens share, a
+    quarter if not given. With `ranking="text"` these are the heads that add most on calibration text, and of the others
+    the untrained router picks those that add most; else heads come in their own order.
+    """
+
+    share: float = 0.75
+    picked: int | None = None
+    shared: int | None = None
+    ranking: Literal["first", "text"] = "first"
+
+    name: ClassVar[str] = "routed_heads"
+    needs: ClassVar[Needs] = "training"
+    exact: ClassVar[str] = "with all heads picked (share 1), until it is trained"
+
+    def convert(self, attentions: Sequence[ConvertedAttention], decoder: Decoder, calibration: Calibration) -> None:
+        """Put a HeadRouter into every attention. Raises ConversionRefused; warns where heads are skipped."""
+        counts = [self.counts(layer) for layer in decoder.layers]
+        orders = [list(range(layer.heads)) for layer in decoder.layers]
+        if self.ranking == "text":
+            sums = contributions(attentions, decoder, calibration, self.name)
+            orders = [one.argsort(descending=True, stable=True).tolist() for one in sums]
+        for attention, layer, (shared, picked), order in zip(attentions, decoder.layers, counts, orders, strict=True):
+            if attention.gate is not None:
+                raise ConversionRefused(self.name, f"the heads of {layer.path} are routed already")
+            hidden, dtype = layer.query.weight.shape[-1], layer.query.weight.dtype
+            attention.gate = HeadRouter(hidden, order, shared, picked).to(layer.query.weight.device, dtype)
+            attention.gate.placed(attention)
+        if any(shared + picked < layer.heads for layer, (shared, picked) in zip(decoder.layers, counts, strict=True)):
+            warnings.warn(
+                f"{self.name}: heads are skipped from now on, and the routers are untrained: the model is worse than "
+                "it was until it was trained on with them. Add 0.01 * latent.balance_loss(model) to its loss.",
+                UntrainedRouter,
+                stacklevel=3,
+            )
+
+    def counts(self, layer: AttentionLayer) -> tuple[int, int]:
+        """How many heads are shared, and how many of the others are picked."""
+        heads = layer.heads
+        shared = heads // 4 if self.shared is None else self.shared
+        if not 0 <= shared < heads:
+            raise ConversionRefused(layer.path, f"{shared} of its {heads} heads cannot be shared and any left to route")
+        if not 0 < self.share <= 1:
+            raise ConversionRefused("share", f"{self.share} is no share of the heads; give a number above 0, at most 1")
+        picked = round(self.share * heads) - shared if self.picked is None else self.picked
+        if not 1 <= picked <= heads - shared:
+            raise ConversionRefused(
+                layer.path,
+                f"{picked} cannot be picked of its {heads} heads beside {shared} that are shared",
+                "Give another share, or fewer shared heads.",
+            )
+        return shared, picked
+
+
+def contributions(
+    attentions: Sequence[ConvertedAttention], decoder: Decoder, calibration: Calibration, name: str
+) -> list[Tensor]:
+    """Σ |W_o,h o_h| over all tokens, [H] for each attention."""
+    paths = [layer.path for layer in decoder.layers]
+    sums = {path: torch.zeros(()) for path in paths}
+    by_path = dict(zip(paths, attentions, strict=True))
+
+    def see(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        attention = by_path[path]
+        form = attention.form
+        weight = attention.output.weight.view(form.hidden, form.heads, form.value_width)
+        gram = torch.einsum("che,chf->hef", weight, weight)  # |W o|² = oᵀ Wᵀ W o
+        heads = attention.heads_given(*args, **kwargs).unflatten(-1, (form.heads, form.value_width))
+        square = torch.einsum("bshe,hef,bshf->bsh", heads, gram, heads)
+        sums[path] = sums[path].to(square.device) + square.clamp_min(0).sqrt().double().sum((0, 1))
+
+    with torch.no_grad(), calls(calibration.model, paths, see):
+        for rows in calibration.batches(name, "contributions of heads"):
+            calibration.run(rows)
+    return [sums[path] for path in paths]
+
+
+@part
+class HeadRouter(HeadGate):
+    """Weights of the heads of each token; `order` are the heads, the shared ones first. Equal ones go in that order."""
+
+    def __init__(self, hidden: int, order: Sequence[int], shared: int, picked: int) -> None:
+        super().__init__()
+        self.order, self.shared, self.picked = tuple(order), shared, picked
+        self.places = tuple(sorted(range(len(order)), key=self.order.__getitem__))
+        self.route = _zeros(hidden, len(order) - shared)
+        self.share = _zeros(hidden, shared) if shared > 1 else None
+        self.balance = _zeros(hidden, 2) if shared else None
+        self.load: Tensor | None = None
+        """The load loss of the last forward with gradients, until it is asked for."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies of the module are not parts of a graph."""
+        return {**self.__dict__, "load": None}
+
+    def settings(self) -> dict[str, object]:
+        return {
+            "hidden": self.route.in_features,
+            "order": list(self.order),
+            "shared": self.shared,
+            "picked": self.picked,
+        }
+
+    def placed(self, attention: ConvertedAttention) -> None:
+        """The columns of a head are read as one piece."""
+        weight = attention.output.weight
+        weight.data = weight.data.t().contiguous().t()
+
+    def forward(
+        self, attention: ConvertedAttention, hidden: Tensor, turns: Turns | None, mask: Tensor | None, past: Any
+    ) -> Tensor:
+        weights, picked = self.weights(hidden)
+        if hidden.shape[:2] == (1, 1) and self.picked < self.route.out_features and not torch.is_grad_enabled():
+            return self.one_token(attention, hidden, weights, picked, turns, mask, past)
+        heads = attention.attention(hidden, turns, mask, past).unflatten(-1, (len(self.order), -1))
+        return attention.output((heads * weights.unsqueeze(-1)).flatten(2))
+
+    def weights(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The weight of each head, [B, S, H], 0 where it is skipped; and which routed heads are picked, [B, S, k]."""
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        p = torch.softmax(self.route(hidden).to(dtype), -1)
+        picked = p.argsort(dim=-1, descending=True, stable=True)[..., : self.picked]
+        on = torch.zeros_like(p).scatter(-1, picked, 1.0)
+        if torch.is_grad_enabled():
+            self.load = load_loss(p, on)
+        routed = p * on
+        made = [self.picked * routed / routed.sum(-1, keepdim=True)]
+        if self.balance is not None:
+            ones = hidden.new_ones((*hidden.shape[:2], 1), dtype=dtype)
+            shared = ones if self.share is None else self.shared * torch.softmax(self.share(hidden).to(dtype), -1)
+            kinds = 2 * torch.softmax(self.balance(hidden).to(dtype), -1)
+            made = [kinds[..., :1] * shared, kinds[..., 1:] * made[0]]
+        return torch.cat(made, -1)[..., list(self.places)].to(hidden.dtype), picked
+
+    def one_token(
+        self,
+        attention: ConvertedAttention,
+        hidden: Tensor,
+        weights: Tensor,
+        picked: Tensor,
+        turns: Turns | None,
+        mask: Tensor | None,
+        past: Any,
+    ) -> Tensor:
+        """The same for B = S = 1 from the weights, keys and values of its own heads."""
+        form, op = attention.form, torch.ops.latent
+        order = torch.tensor(self.order, device=hidden.device)
+        heads = torch.cat((order[: self.shared], order[self.shared :][picked[0, 0]])).sort().values
+        if attention.query_norm is not None:  # it may be one of all heads together
+            query = attention.queries(hidden, turns)[0, heads, 0]
+        else:
+            weight, bias = attention.query.weight, attention.query.bias
+            query = op.rows_of_heads(hidden[0, 0], weight, bias, heads, form.query_width)
+            if form.rotary is not None and turns is not None:
+                query = rotate(query[None, :, None], turns, form.rotary)[0, :, 0]
+        key, value = attention.remember(hidden, turns, past)
+        out = op.attend_picked(query, heads, form.heads, key, value, mask, form.scale, form.cap)
+        out = out * weights[0, 0, heads, None]
+        weight, bias = attention.output.weight, attention.output.bias
+        made: Tensor = op.columns_of_heads(out, weight, bias, heads, form.value_width)
+        return made[None, None]
+
+
+def _zeros(inputs: int, outputs: int) -> nn.Linear:
+    made = nn.Linear(inputs, outputs, bias=False)
+    nn.init.zeros_(made.weight)
+    return made
+
+
+def load_loss(p: Tensor, on: Tensor) -> Tensor:
+    """n² mean_i(mean_t p_i · mean_t on_i) of n routed heads; k where all are equally likely. Padding counts too."""
+    n = p.shape[-1]
+    return n * (p.flatten(0, -2).mean(0) * on.flatten(0, -2).mean(0)).sum()
+
+
+def balance_loss(model: nn.Module) -> Tensor:
+    """The load loss of the last forward, averaged over the layers, with its gradients; add 0.01 times it to the loss.
+
+    It is handed out once for each forward. Holds for compiled models and for gradient checkpointing, but not with
+    use_reentrant=True, which runs the forward without gradients. Raises RuntimeError where there is none.
+    """
+    routers = [module for module in model.modules() if isinstance(module, HeadRouter)]
+    loads = [router.load for router in routers if router.load is not None]
+    if not routers or len(loads) != len(routers):
+        raise RuntimeError(
+            "balance_loss: the model has no routed heads; convert it with RoutedHeads."
+            if not routers
+            else f"balance_loss: {len(routers) - len(loads)} of {len(routers)} routers saw no forward with gradients "
+            "since the last call. Call it once after each forward of a training step; with gradient checkpointing "
+            'pass gradient_checkpointing_kwargs={"use_reentrant": False}.'
+        )
+    for router in routers:
+        router.load = None
+    return torch.stack([load.to(loads[0].device) for load in loads]).mean()
