@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .layers import AttentionLayer, CallForm, ConversionRefused, Rotary
 from .memory import FullMemory, Memory, heads_of
+from .reach import Reach
 from .rotation import Turns, rotate, turns_of
 
 __all__ = ["AttentionForm", "ConvertedAttention", "attend"]
@@ -66,6 +67,7 @@ class ConvertedAttention(nn.Module):
         self.query = nn.Linear(form.hidden, form.heads * form.query_width, form.bias[0])
         self.output = nn.Linear(form.heads * form.value_width, form.hidden, form.bias[1])
         self.memory = memory
+        self.reach: Reach | None = None
 
     @classmethod
     def of(cls, layer: AttentionLayer, memory: Memory | None = None) -> ConvertedAttention:
@@ -81,6 +83,8 @@ class ConvertedAttention(nn.Module):
         if not isinstance(self.memory, FullMemory):
             held = type(self.memory).__name__
             raise ConversionRefused(recipe, f"an earlier recipe put in a {held}; an attention has one memory")
+        if self.reach is not None:
+            raise ConversionRefused(recipe, "an earlier recipe gave its heads spans, which need a cache for each head")
         self.memory = memory
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -100,6 +104,9 @@ class ConvertedAttention(nn.Module):
         query = heads_of(self.query(hidden), self.form.heads)
         if self.form.rotary is not None and turns is not None:
             query = rotate(query, turns, self.form.rotary)
+        if self.reach is not None:
+            form = self.form
+            return self.reach(query, *self.memory.new(hidden, turns), mask, past, form).flatten(2)  # type: ignore[no-any-return]
         key, value = self.remember(hidden, turns, past)
         return attend(query, key, value, mask, self.form.scale, self.form.cap).flatten(2)
 
@@ -156,5 +163,6 @@ def _capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
     if mask is None:
         queries = scores.shape[-2]
         mask = torch.ones(queries, scores.shape[-1], dtype=torch.bool, device=scores.device).tril()
-    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    return torch.softmax(scores.float(), -1).to(value.dtype) @ value
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+    accurate = torch.promote_types(scores.dtype, torch.float32)
+    return torch.softmax(scores, -1, dtype=accurate).to(value.dtype) @ value

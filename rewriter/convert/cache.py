@@ -10,6 +10,7 @@ need, are held once for all layers that share them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ class LatentCache(Cache):
         if indices != list(range(len(indices))):
             raise ValueError(f"LatentCache: the converted layers are {indices}, and some in between are not converted.")
         self.max_length = max_length
-        super().__init__(layers=[attention.memory.cache_layer(self._layer) for attention in attentions])
+        super().__init__(layers=[self._layer_of(attention) for attention in attentions])
         self._turns: dict[int, Any] = {}
         self._turns_of: dict[int, int] = {}
         self._first: set[int] = set()
@@ -74,6 +75,11 @@ class LatentCache(Cache):
                     self._turns[group] = self._layer()
                     self._first.add(index)
                 self._turns_of[index] = group
+
+    def _layer_of(self, attention: ConvertedAttention) -> Any:
+        if attention.reach is not None:
+            return attention.reach.cache_layer(self.max_length)
+        return attention.memory.cache_layer(self._layer)
 
     def _layer(self) -> Any:
         return GrowingLayer() if self.max_length is None else FixedLayer(self.max_length)  # type: ignore[no-untyped-call]
@@ -90,8 +96,7 @@ class LatentCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of every live tensor, each storage once."""
-        held = [*self.layers, *self._turns.values()]
-        tensors = [t for layer in held for t in vars(layer).values() if isinstance(t, Tensor)]
+        tensors = [t for layer in (*self.layers, *self._turns.values()) for t in _tensors(vars(layer).values())]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         return sum(storages.values())
 
@@ -119,3 +124,12 @@ class LatentCache(Cache):
         super().batch_select_indices(indices)
         for held in self._turns.values():
             held.batch_select_indices(indices)
+
+
+def _tensors(values: Iterable[object]) -> Iterator[Tensor]:
+    """The tensors among some values, those in lists and tuples too."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
