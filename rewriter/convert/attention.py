@@ -144,7 +144,8 @@ def attend(
         mask = mask[..., : key_BGTd.shape[-2]]
     if cap is not None:
         return _capped(query_BHSd, key_BGTd, value_BGTe, mask, scale, cap).transpose(1, 2)
-    if queries == 1 and (mask is None or mask.shape[1] == 1):  # heads of a group are rows that read the same keys
+    one = queries == 1 and (mask is None or mask.shape[1] == 1)
+    if one and not torch.compiler.is_compiling():  # heads of a group are rows that read the same keys
         rows = query_BHSd.view(batch, groups, heads // groups, -1)
         out = F.scaled_dot_product_attention(rows, key_BGTd, value_BGTe, mask, scale=scale)
         return out.reshape(batch, 1, heads, -1)
