@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 ERROR, USAGE, EXPECTATION = 1, 2, 3
-IN_WORDS = ("TargetError", "DemoError", "BisectionError", "MlirError")
+IN_WORDS = ("TargetError", "DemoError", "BisectionError", "MlirError", "PlanError")
 """Exceptions whose text says all; by name, because their modules import torch."""
 
 
