@@ -61,6 +61,7 @@ __all__ = [
     "is_opened_while_compiling",
     "is_static_input",
     "list_mode_options",
+    "mark_static_address",
     "new_unbacked_symbols",
     "random_ops_kept",
     "real_tensors_allowed",
@@ -369,6 +370,11 @@ def add_input(gm: fx.GraphModule, name: str, value: torch.Tensor, after: fx.Node
     node.meta = {"example_value": fake, "val": fake, "tensor_dict": {"_dynamo_static_input_type": "unguarded"}}  # 2.13
     node._dynamo_source = None  # 2.13: None is "no source", absence is an error
     return node
+
+
+def mark_static_address(tensor: torch.Tensor) -> None:
+    """Promise Dynamo that a tensor keeps its address from call to call."""
+    torch._dynamo.mark_static_address(tensor)  # 2.13
 
 
 def is_static_input(placeholder: fx.Node) -> bool:

@@ -18,6 +18,7 @@ from .factored import Factored, attend_to_factors, formed
 from .layers import Affine, AttentionLayer, CallForm, ConversionRefused, Rotary
 from .memory import FullMemory, Memory, heads_of
 from .norms import HeadNorm
+from .reach import Reach
 from .rotation import Turns, rotate, turns_of
 
 __all__ = ["AttentionForm", "ConvertedAttention", "HeadGate", "attend"]
@@ -70,6 +71,7 @@ class ConvertedAttention(nn.Module):
         self.query_norm = query_norm
         self.memory = memory
         self.gate: HeadGate | None = None
+        self.reach: Reach | None = None
 
     @classmethod
     def of(cls, layer: AttentionLayer, memory: Memory | None = None) -> ConvertedAttention:
@@ -90,6 +92,8 @@ class ConvertedAttention(nn.Module):
                 recipe,
                 "a norm stands between the projection of the keys and the scores; low rank does not commute with it",
             )
+        if self.reach is not None:
+            raise ConversionRefused(recipe, "an earlier recipe gave its heads spans, which need a cache for each head")
         self.memory = memory
 
     def replace_query(self, query: Affine, rotary: Rotary | None, recipe: str) -> None:
@@ -132,6 +136,9 @@ class ConvertedAttention(nn.Module):
     def attention(self, hidden: Tensor, turns: Turns | None, mask: Tensor | None, past: Any) -> Tensor:
         """What the heads give, side by side: [B, S, H·e]."""
         query = self.queries(hidden, turns)
+        if self.reach is not None:
+            out: Tensor = self.reach(query, *self.memory.new(hidden, turns), mask, past, self.form)
+            return out.flatten(2)
         key, value = self.remember(hidden, turns, mask, past)
         return attend(query, key, value, mask, self.form.scale, self.form.cap).flatten(2)
 
@@ -203,7 +210,8 @@ def attend(
         mask = mask[..., : key_BGTd.shape[-2]]
     if cap is not None:
         return _capped(query_BHSd, key_BGTd, value_BGTe, mask, scale, cap).transpose(1, 2)
-    if queries == 1 and (mask is None or mask.shape[1] == 1):  # heads of a group are rows that read the same keys
+    one = queries == 1 and (mask is None or mask.shape[1] == 1)
+    if one and not torch.compiler.is_compiling():  # heads of a group are rows that read the same keys
         rows = query_BHSd.view(batch, groups, heads // groups, -1)
         out = F.scaled_dot_product_attention(rows, key_BGTd, value_BGTe, mask, scale=scale)
         return out.reshape(batch, 1, heads, -1)
@@ -222,5 +230,6 @@ def _capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
     if mask is None:
         queries = scores.shape[-2]
         mask = torch.ones(queries, scores.shape[-1], dtype=torch.bool, device=scores.device).tril()
-    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    return torch.softmax(scores, -1, torch.promote_types(scores.dtype, torch.float32)).to(value.dtype) @ value
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+    accurate = torch.promote_types(scores.dtype, torch.float32)
+    return torch.softmax(scores, -1, dtype=accurate).to(value.dtype) @ value

@@ -10,7 +10,7 @@ need, are held once for all layers that share them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -101,7 +101,7 @@ class LatentCache(Cache):
         if max_length is not None and max_length < 1:
             raise ValueError(f"LatentCache: max_length is {max_length}; give the number of tokens that it should hold.")
         self.max_length = max_length
-        super().__init__(layers=[attention.memory.cache_layer(self._layer) for attention in attentions])
+        super().__init__(layers=[self._layer_of(attention) for attention in attentions])
         for layer in self.layers:
             if hasattr(layer, "join"):
                 layer.join(self.layers)
@@ -115,6 +115,11 @@ class LatentCache(Cache):
                     self._turns[group] = self._layer()
                     self._first.add(index)
                 self._turns_of[index] = group
+
+    def _layer_of(self, attention: ConvertedAttention) -> Any:
+        if attention.reach is not None:
+            return attention.reach.cache_layer(self.max_length)
+        return attention.memory.cache_layer(self._layer)
 
     def _layer(self) -> Any:
         return GrowingLayer() if self.max_length is None else FixedLayer(self.max_length)  # type: ignore[no-untyped-call]
@@ -187,9 +192,16 @@ class LatentCache(Cache):
 
 def _tensors_of(layer: Any) -> list[Tensor]:
     """The layer's own account of what it holds, or else its attributes."""
-    if hasattr(layer, "tensors"):
-        return list(layer.tensors())
-    return [t for t in vars(layer).values() if isinstance(t, Tensor)]
+    return list(layer.tensors()) if hasattr(layer, "tensors") else list(_tensors(vars(layer).values()))
+
+
+def _tensors(values: Iterable[object]) -> Iterator[Tensor]:
+    """The tensors among some values, those in lists and tuples too."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
 
 
 def _refuse_unconverted(model: nn.Module, indices: Sequence[int]) -> None:

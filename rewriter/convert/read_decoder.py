@@ -377,8 +377,11 @@ def _checked(layer: AttentionLayer, call: _Call) -> AttentionLayer:
     errors = []
     for candidate in _spellings(layer, call.given.get("position_embeddings")):
         made = ConvertedAttention.of(candidate).to(wanted.device)
-        with torch.no_grad():
-            found = made(**call.given)
+        try:
+            with torch.no_grad():
+                found = made(**call.given)
+        except RuntimeError:  # angles of another width
+            continue
         found = found[0] if isinstance(found, tuple) else found
         if found.shape != wanted.shape:
             break
