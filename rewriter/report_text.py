@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from .units import plural, size_text
+from .units import error_text, plural, size_text
 
 if TYPE_CHECKING:
     from .report import GraphReport, MissReport, Report, SiteReport
@@ -109,9 +109,8 @@ def _detail(same: Sequence[Verdict], places: Collection[str]) -> str:
     before, after = sum(e.bytes_before for e in known), sum(e.bytes_after for e in known)
     traffic = f"moves {size_text(before)} → {size_text(after)}" if known else ""
     if same[0].outcome == "applied":
-        largest = f"{max(errors):.0e}" if any(errors) else "0"
         uncertified = f"not certified ({same[0].reason})" if same[0].reason else "not certified"
-        certified = f"certified, relative error {largest} in fp64" if errors else uncertified
+        certified = f"certified, relative error {error_text(max(errors))} in fp64" if errors else uncertified
         return " · ".join(filter(None, (certified, traffic)))
     if same[0].outcome == "not paying":
         return " · ".join(filter(None, (same[0].reason, traffic)))

@@ -6,8 +6,8 @@ class MyRewrite:                                    registered with @latent.rewr
     def benefit(self, match) -> Benefit             bytes and operations before and after
     def build(self, match, emit) -> fx.Node         new nodes for `site.output`; never edits in place
 
-A class may have `examples = ((function, dict(q="B H S D", ...)),)`, functions that it should match, for its check. The
-short form of a rewrite, `latent.replace`, is in `rewriter.custom`.
+For its check a class may have `examples = ((function, dict(q="B H S D", ...)),)`, functions that it should match, and
+`example_sizes = {"S": (2, 8)}`, least and largest sizes. The short form, `latent.replace`, is in `rewriter.custom`.
 """
 
 from __future__ import annotations

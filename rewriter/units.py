@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["flops_text", "less", "number_text", "plural", "size_text"]
+__all__ = ["error_text", "flops_text", "less", "number_text", "plural", "size_text"]
 
 
 def size_text(value: float) -> str:
@@ -21,6 +21,11 @@ def _scaled(value: float, units: tuple[str, ...]) -> str:
             return f"{value:.3g} {unit}"
         value /= 1000
     return f"{value:.3g} {units[-1]}"
+
+
+def error_text(value: float) -> str:
+    """A relative error: 2e-16, or 0."""
+    return f"{value:.0e}" if value else "0"
 
 
 def less(before: float, after: float) -> str:

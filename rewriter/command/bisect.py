@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from ..units import plural
+from ..units import error_text, plural
 from .common import (
     EXPECTATION,
     FromConfig,
@@ -104,7 +104,7 @@ def _row(result: Bisection, step: Step) -> tuple[str, str, str]:
 
 
 def _error(step: Step) -> str:
-    return "raises" if step.failure else f"{step.error:.0e}" if step.error else "0"
+    return "raises" if step.failure else error_text(step.error)
 
 
 def _conclusion(result: Bisection, command: str) -> Iterator[str]:

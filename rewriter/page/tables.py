@@ -11,7 +11,7 @@ from typing import Any
 from ..report import GraphReport, MissReport, SiteReport
 from ..report_text import MARKS, collapse, grouped
 from ..rules import Verdict
-from ..units import size_text
+from ..units import error_text, size_text
 from .verdict import Tone
 
 __all__ = ["Cell", "Ladder", "Mask", "RewriteRow", "SiteRow", "cells", "ladders", "masks", "rewrite_rows", "site_rows"]
@@ -192,8 +192,7 @@ def _detail(same: Sequence[Verdict]) -> str:
     errors = [v.error for v in same if v.error is not None]
     if not errors:
         return f"not certified ({same[0].reason})" if same[0].reason else "not certified"
-    largest = f"{max(errors):.0e}" if any(errors) else "0"
-    return f"certified in fp64, relative error {largest}"
+    return f"certified in fp64, relative error {error_text(max(errors))}"
 
 
 def _saving(same: Sequence[Verdict]) -> str:
