@@ -28,6 +28,7 @@ from .opening import decompositions
 from .options import ExpectationFailed, OptionError, Options, read_options
 from .prologue import hoist
 from .recognise import recognise
+from .regions import Regions
 from .report import GraphReport, report_miss, report_site
 from .rewrite import rewrite_graph
 from .stages.record import Recorder
@@ -105,11 +106,12 @@ def transform(
     seconds: dict[str, float],
     keep: Callable[[Recorded], None] | None = None,
     bodies: bool = False,
+    regions: dict[str, Regions] | None = None,
 ) -> tuple[fx.GraphModule, GraphReport]:
     """From Dynamo's graph to plain ATen with every rewrite applied, and the report about it. Raises StageFailed.
 
     `keep` is given all stages. With `bodies` the operators that rewrites put in become their own definitions and no
-    kernels.
+    kernels. `regions` receives what is replaced and by what, by the certificate's name.
     """
     name = _name()
     recorder = None
@@ -136,7 +138,7 @@ def transform(
         sites = tuple(report_site(i, site, writes, hints) for i, site in enumerate(found.sites))
         misses = tuple(report_miss(miss) for miss in found.misses)
     with stage("rewrite", seconds):
-        done = rewrite_graph(normal.graph, found.sites, options, hints)
+        done = rewrite_graph(normal.graph, found.sites, options, hints, regions)
         remove_dead_code(normal)
         check_normal_form(normal, contract)
     record("rewritten", normal)

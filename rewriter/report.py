@@ -20,7 +20,7 @@ from .mutations import Mutations
 from .origins.text import describe_origins
 from .provenance import module_path, source_line
 from .report_text import render, render_report
-from .rules import Verdict
+from .rules import Timing, Verdict
 from .sites import AttentionSite, Miss
 
 __all__ = ["Break", "GraphReport", "MissReport", "Report", "SiteReport", "render", "report_miss", "report_site"]
@@ -145,6 +145,10 @@ class Report:
         """The sites and misses of the modules that match `site`, and of the near misses the `near` nearest alone."""
         return dataclasses.replace(self, graphs=tuple(_filtered(graph, site, near) for graph in self.graphs))
 
+    def timed(self, timings: Mapping[str, Timing]) -> Report:
+        """The same with what was measured, by the names of the certificates."""
+        return dataclasses.replace(self, graphs=tuple(_timed(graph, timings) for graph in self.graphs))
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -161,6 +165,14 @@ class Report:
 
     def __str__(self) -> str:
         return render_report(self)
+
+
+def _timed(graph: GraphReport, timings: Mapping[str, Timing]) -> GraphReport:
+    def timed(verdict: Verdict) -> Verdict:
+        known = timings.get(verdict.certificate) if verdict.outcome == "applied" else None
+        return dataclasses.replace(verdict, timing=known)
+
+    return dataclasses.replace(graph, verdicts=tuple(map(timed, graph.verdicts)))
 
 
 def _filtered(graph: GraphReport, pattern: str, near: int | None) -> GraphReport:

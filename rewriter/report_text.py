@@ -7,13 +7,13 @@ import textwrap
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from .units import error_text, plural, size_text
+from .units import error_text, plural, seconds_text, size_text, times_text
 
 if TYPE_CHECKING:
     from .report import GraphReport, MissReport, Report, SiteReport
     from .rules import Verdict
 
-__all__ = ["MARKS", "collapse", "grouped", "hanging", "render", "render_report"]
+__all__ = ["MARKS", "collapse", "grouped", "hanging", "render", "render_report", "timing_text"]
 
 Item = TypeVar("Item")
 Block = tuple[str, ...]
@@ -21,6 +21,7 @@ Block = tuple[str, ...]
 
 MARKS = {"applied": "✓", "refused": "–", "not paying": "–", "off": "·", "undone": "✗", "failed": "✗"}
 WIDTH = 110
+_NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 def render_report(report: Report) -> str:
@@ -111,11 +112,22 @@ def _detail(same: Sequence[Verdict], places: Collection[str]) -> str:
     if same[0].outcome == "applied":
         uncertified = f"not certified ({same[0].reason})" if same[0].reason else "not certified"
         certified = f"certified, relative error {error_text(max(errors))} in fp64" if errors else uncertified
-        return " · ".join(filter(None, (certified, traffic)))
+        timing = timing_text(same)
+        parts = (certified, _whole(traffic), _whole(f"takes {timing}") if timing else "")
+        return " · ".join(filter(None, parts))
     if same[0].outcome == "not paying":
         return " · ".join(filter(None, (same[0].reason, traffic)))
     places = {same[0].line} if same[0].outcome in ("undone", "failed") else places
     return same[0].reason + (f"   {next(iter(places))}" if len(places) == 1 else "")
+
+
+def timing_text(same: Sequence[Verdict]) -> str:
+    """What equal verdicts save together, where it was measured: "81.2 µs → 57 µs, 1.4 × as fast"."""
+    timings = [v.timing for v in same if v.timing is not None]
+    if not timings:
+        return ""
+    before, after = sum(t.before for t in timings), sum(t.after for t in timings)
+    return f"{seconds_text(before)} → {seconds_text(after)}, {times_text(before / after)}"
 
 
 def _misses(misses: Sequence[MissReport], code: bool = True) -> Iterator[Block]:
@@ -190,7 +202,13 @@ def grouped(items: Iterable[Item], key: Callable[[Item], Hashable]) -> list[list
 def hanging(start: str, text: str) -> list[str]:
     """`text` behind `start`, further lines below its beginning."""
     width = max(WIDTH, len(start) + 40)
-    return textwrap.wrap(text, width, initial_indent=start, subsequent_indent=" " * len(start)) or [start.rstrip()]
+    lines = textwrap.wrap(text, width, initial_indent=start, subsequent_indent=" " * len(start)) or [start.rstrip()]
+    return [line.replace(_NO_BREAK, " ") for line in lines]
+
+
+def _whole(text: str) -> str:
+    """A part of a text for `hanging` that stays on one line."""
+    return text.replace(" ", _NO_BREAK)
 
 
 def _times(same: Sequence[object]) -> str:

@@ -84,6 +84,15 @@ class Estimate:
     bytes_after: float
 
 
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of what was replaced and of what replaces it, both compiled, on random inputs of the site's sizes."""
+
+    before: float
+    after: float
+    device: str
+
+
 class Rewrite(Protocol):
     def match(self, site: AttentionSite) -> Match | Refusal: ...
 
@@ -112,3 +121,6 @@ class Verdict:
 
     estimate: Estimate | None = None
     """What the rewrite was expected to save, where it matched."""
+
+    timing: Timing | None = None
+    """What it saves, where that was measured."""

@@ -9,28 +9,34 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, NoReturn, Optional
 
 import typer
 
 from .console import err, progress
-from .targets import HFChoices, Target, load_target
+from .targets import HFChoices, Target, TargetError, load_target
 
 __all__ = [
     "ERROR",
     "EXPECTATION",
     "USAGE",
+    "Dynamic",
     "FromConfig",
     "Json",
+    "Measure",
     "Names",
     "Phase",
     "PhaseChoice",
     "Spelling",
     "SpellingChoice",
+    "TargetOrDump",
     "TargetText",
     "Tokens",
     "Verify",
     "errors",
+    "import_torch",
+    "in_a_folder",
     "load",
     "stdout_is_for_us",
     "stop",
@@ -71,6 +77,14 @@ TargetText = Annotated[
         help="A Hugging Face folder, or FILE.py:FACTORY whose factory returns (model, args, kwargs).",
     ),
 ]
+TargetOrDump = Annotated[
+    str,
+    typer.Argument(metavar="TARGET", help="A Hugging Face folder, FILE.py:FACTORY, or a folder of `latent dump`."),
+]
+Dynamic = Annotated[bool, typer.Option("--dynamic", help="Trace with dynamic shapes.")]
+Measure = Annotated[
+    bool, typer.Option("--measure", help="Time what each rewrite replaces and what replaces it, both compiled.")
+]
 PhaseChoice = Annotated[Phase, typer.Option("--phase", help="For folders: the first forward, or the next token's.")]
 Tokens = Annotated[int, typer.Option("--tokens", min=1, help="For folders: how many tokens the prefill has.")]
 SpellingChoice = Annotated[
@@ -84,12 +98,24 @@ Names = Annotated[
 ]
 
 
+def import_torch() -> None:
+    """Once, and saying so: it takes seconds."""
+    if "torch" not in sys.modules:
+        with progress("importing torch"):
+            import torch  # noqa: F401
+
+
 def load(target: str, from_config: bool, phase: Phase, tokens: int, attention: Spelling | None) -> Target:
     """TARGET as the options of a command choose it. Raises TargetError."""
-    with progress("importing torch"):
-        import torch  # noqa: F401
+    import_torch()
     with progress(f"loading {target}"):
         return load_target(target, HFChoices(from_config, phase.value, tokens, attention.value if attention else None))
+
+
+def in_a_folder(file: Path | None, option: str = "--out") -> None:
+    """Raises TargetError unless a file that an option names can be made: said before the work, not after it."""
+    if file is not None and not file.absolute().parent.is_dir():
+        raise TargetError(f"{option} {file}: there is no folder {file.parent}.", "Make it, or name another.")
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from .common import (
+    Dynamic,
     FromConfig,
     Json,
     Names,
@@ -71,7 +72,7 @@ def dump(
         typer.Option("--layer", min=0, help="Only this layer; what it reads from others are its inputs."),
     ] = None,
     inputs: Annotated[bool, typer.Option("--inputs", help="Write the inputs too, weights included.")] = False,
-    dynamic: Annotated[bool, typer.Option("--dynamic", help="Trace with dynamic shapes.")] = False,
+    dynamic: Dynamic = False,
     rewrite: Names = None,
     phase: PhaseChoice = Phase.prefill,
     tokens: Tokens = 32,

@@ -17,6 +17,7 @@ from .common import (
     SpellingChoice,
     TargetText,
     errors,
+    in_a_folder,
     load,
     stdout_is_for_us,
 )
@@ -52,8 +53,7 @@ def masks(
 ) -> None:
     """Show which keys each query sees; layers with the same mask are shown once."""
     with errors(), stdout_is_for_us():
-        if out is not None and not out.absolute().parent.is_dir():
-            raise TargetError(f"--out {out}: there is no folder {out.parent}.", "Make it, or name another.")
+        in_a_folder(out)
         plt = _matplotlib() if out is not None and out.suffix != ".txt" else None
         found = load(target, from_config, phase, length, attention)
         import torch

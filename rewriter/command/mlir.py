@@ -20,11 +20,11 @@ from .common import (
     TargetText,
     Tokens,
     errors,
+    in_a_folder,
     load,
     stdout_is_for_us,
 )
 from .console import progress, table
-from .targets import TargetError
 
 __all__ = ["mlir"]
 
@@ -53,8 +53,7 @@ def mlir(
     """Write the rewritten graphs through torch-mlir; weights are arguments (extra `mlir`)."""
     with errors(), stdout_is_for_us():
         file = None if out is None or str(out) == "-" else out
-        if file is not None and not file.absolute().parent.is_dir():
-            raise TargetError(f"--out {file}: there is no folder {file.parent}.", "Make it, or name another.")
+        in_a_folder(file)
         found = load(target, from_config, phase, tokens, attention)
         import torch
 

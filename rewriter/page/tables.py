@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Any
 
 from ..report import GraphReport, MissReport, SiteReport
-from ..report_text import MARKS, collapse, grouped
+from ..report_text import MARKS, collapse, grouped, timing_text
 from ..rules import Verdict
 from ..units import error_text, size_text
 from .verdict import Tone
@@ -57,6 +57,7 @@ class RewriteRow:
     detail: str
     line: str
     saving: str
+    measured: str
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,7 @@ def rewrite_rows(graph: GraphReport, plan: Mapping[str, Any]) -> tuple[RewriteRo
                 _detail(same),
                 lines[0] if len(lines) == 1 else "",
                 _saving(same),
+                timing_text(same),
             )
         )
     return tuple(rows)

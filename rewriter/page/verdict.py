@@ -8,7 +8,7 @@ from typing import Literal
 
 from ..report import GraphReport, Report
 from ..rules import Verdict as Judged
-from ..units import error_text, plural, size_text
+from ..units import error_text, plural, seconds_text, size_text
 
 __all__ = ["Figure", "Tone", "Verdict", "figures", "first_compilations", "verdict"]
 
@@ -122,6 +122,10 @@ def _figures(report: Report) -> Iterator[Figure]:
     if estimates:
         saved = sum(e.bytes_before - e.bytes_after for e in estimates)
         yield Figure("memory traffic", f"−{size_text(saved)}", "predicted, in each call")
+    timings = [v.timing for graph in graphs for v in graph.verdicts if v.timing]
+    if timings:
+        change = sum(t.after - t.before for t in timings)
+        yield Figure("time", f"{'+' if change > 0 else '−'}{seconds_text(abs(change))}", "measured, in each call")
     frames = len({graph.frame for graph in report.graphs})
     breaks = "" if report.breaks is None else plural(len(report.breaks), "break") + ", "
     yield Figure("graphs", str(frames), breaks + plural(len(report.graphs), "compilation"))
