@@ -155,3 +155,9 @@ def test_options_that_need_the_model_are_refused_for_dumps(target: str, tmp_path
     run("dump", target, "--out", tmp_path / "dump", "--stage", "rewritten", "--format", "json")
     result = run("explain", tmp_path / "dump", *option)
     assert result.exit_code == 1 and f"Give the model itself: {target}" in result.stderr and not result.stdout
+
+
+def test_what_reads_no_dump_says_what_does(target: str, tmp_path: Path) -> None:
+    run("dump", target, "--out", tmp_path / "dump", "--stage", "rewritten", "--format", "json")
+    result = run("masks", tmp_path / "dump")
+    assert result.exit_code == 1 and "`latent explain` and `latent report` read dumps" in result.stderr
