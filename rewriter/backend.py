@@ -18,7 +18,15 @@ from torch import fx
 from . import history
 from .cache_key import is_cacheable, own_tag
 from .capture import capture, untouched_copy
-from .compat import DYNAMO_CONTROL_FLOW, cache_tag, compile_id, hand_to_inductor, list_mode_options, size_hints
+from .compat import (
+    DYNAMO_CONTROL_FLOW,
+    cache_tag,
+    compile_id,
+    hand_to_inductor,
+    list_mode_options,
+    recompile_reason,
+    size_hints,
+)
 from .dump import Recorded, recorded_of, trace_artifacts, wants_stages, write_recorded
 from .expect import check_expectations
 from .lower import lower
@@ -29,7 +37,7 @@ from .options import ExpectationFailed, OptionError, Options, read_options
 from .prologue import hoist
 from .recognise import recognise
 from .regions import Regions
-from .report import GraphReport, report_miss, report_site
+from .report import GraphReport, report_miss, report_site, why_again
 from .rewrite import rewrite_graph
 from .stages.record import Recorder
 
@@ -156,6 +164,7 @@ def transform(
         len(done.certificates),
         seconds,
         done.seconds,
+        again=why_again(recompile_reason()),
     )
     with beside(options):
         trace_artifacts(report)

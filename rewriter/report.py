@@ -18,12 +18,22 @@ from .mask_pictures import mask_picture
 from .masks_of_site import describe_masks
 from .mutations import Mutations
 from .origins.text import describe_origins
-from .provenance import module_path, source_line
+from .provenance import module_path, source_line, user_frames
 from .report_text import render, render_report
 from .rules import Timing, Verdict
 from .sites import AttentionSite, Miss
 
-__all__ = ["Break", "GraphReport", "MissReport", "Report", "SiteReport", "render", "report_miss", "report_site"]
+__all__ = [
+    "Break",
+    "GraphReport",
+    "MissReport",
+    "Report",
+    "SiteReport",
+    "render",
+    "report_miss",
+    "report_site",
+    "why_again",
+]
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,8 @@ class GraphReport:
     """Of the stage "rewrite", by rewrite."""
 
     failure: str = ""
+    again: str = ""
+    """Why torch compiled this piece of the program once more, in its words: the guard that failed."""
 
     @property
     def compilation(self) -> str:
@@ -213,6 +225,15 @@ def report_miss(miss: Miss) -> MissReport:
         miss.node.name,
         miss.reached,
     )
+
+
+def why_again(reason: str) -> str:
+    """torch's reason for a recompilation in a line: the guard without what stands around it, and the user's line."""
+    first = reason.partition("\n")[0].removeprefix(reason.partition(": ")[0] + ": ")
+    guard = re.split(r"\s{2,}# ", first, maxsplit=1)[0].strip()
+    line = next(reversed(user_frames(reason)), None)
+    said = guard if "expected" in guard or not guard else f"no longer so: {guard}"
+    return f"{said}   {line.short()}" if line else said
 
 
 def short(node: Any) -> str:

@@ -43,7 +43,7 @@ def render(graph: GraphReport, first: GraphReport | None = None) -> str:
     again = f" · {first.name.partition(' [')[0]} once more" if first else ""
     total = sum(graph.seconds.values())
     head = f"{graph.name}{again} · {graph.nodes} nodes" + (f" · latent took {total:.2f} s" if total else "")
-    lines = [head, "─" * len(head)]
+    lines = [head, "─" * len(head), *(hanging("compiled again, torch says: ", graph.again) if graph.again else ())]
     if graph.failure:
         return "\n".join([*lines, f"✗ failed      {graph.failure}", "              the graph stays as it is"])
     known = {block for _, blocks in _sections(first) for block in blocks} if first else set()

@@ -3,11 +3,13 @@
 import copy
 import dataclasses
 import json
+import re
 
 import latent
 import pytest
 import torch
 from latent.rewriter.describe import Shape
+from latent.rewriter.environment import Run
 from latent.rewriter.options import Options
 from latent.rewriter.report import Break, GraphReport, MissReport, Report, SiteReport
 from latent.rewriter.rules import Estimate, Verdict
@@ -236,6 +238,33 @@ def test_a_part_of_a_report(model):
         assert [site.path for site in part.sites] == paths and part.count("fuse_attention") == len(paths)
         assert [site.index for site in part.sites] == list(range(len(paths)))
     assert "layers.1   test_explain.py" in str(report.only(site="layers.1"))
+
+
+class Calls(nn.Module):
+    def forward(self, q, scale=None):
+        return (q @ q.mT * (2 if scale is None else scale)).softmax(-1) @ q
+
+    def several(self, q):
+        self(q), self(q[:, :, :3]), self(q[:, :, :3], scale=3)
+
+
+@torch.no_grad()
+def test_what_is_compiled_again_says_why_in_torchs_words():
+    report = latent.explain(Calls().several)(torch.randn(2, 4, 6, 8))
+    first, second, third = (graph.again for graph in report.graphs)
+    assert not first
+    assert second == "tensor 'q' size mismatch at index 2. expected 6, actual 3"
+    assert re.fullmatch(r"no longer so: scale (is|==) None   test_explain.py:\d+", third)
+    assert str(report).count("compiled again, torch says: ") == 2
+    pytest.importorskip("jinja2")
+    assert "size mismatch at index 2" in page_of(report)
+
+
+def page_of(report):
+    from latent.rewriter.page.reading import Material
+    from latent.rewriter.page.render import render
+
+    return render(Material(report, Run())).split("Graphs and breaks")[1].split("Environment")[0]
 
 
 # ** text, from values **
