@@ -32,8 +32,8 @@ def cut_out(comparison: Comparison) -> Regions:
     given = [n for n in comparison.nodes if _is_input(n, comparison) and isinstance(n.meta.get("val"), torch.Tensor)]
     generator = torch.Generator().manual_seed(0)
     inputs = tuple(_random(node, generator) for node in given)
-    sides = (_graph(side, given, comparison.nodes, inputs) for side in (comparison.original, comparison.replacement))
-    return Regions(*sides, inputs)
+    before, after = (_graph(n, given, comparison.nodes, inputs) for n in (comparison.original, comparison.replacement))
+    return Regions(before, after, inputs)
 
 
 def _is_input(node: fx.Node, comparison: Comparison) -> bool:

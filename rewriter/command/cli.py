@@ -18,6 +18,7 @@ from .bisect import bisect
 from .common import (
     ERROR,
     FromConfig,
+    HFChoices,
     Json,
     Phase,
     Spelling,
@@ -112,7 +113,7 @@ def bench(
             import_matplotlib()  # said before the work, not after it
         in_a_folder(as_json, "--json")
         in_a_folder(plot, "--plot")
-        found = load(target, from_config, Phase.prefill, 32, attention)
+        found = load(target, HFChoices(from_config, attention=attention.value if attention else None))
         found = replace(found, notes=tuple(note for note in found.notes if not note.startswith("one forward")))
         result = measure(
             target,

@@ -6,11 +6,13 @@ Exit codes: 0 fine, 1 error, 2 wrong usage, 3 an expectation failed.
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, NoReturn, Optional
+from typing import Annotated, Any, NoReturn, Optional
 
 import typer
 
@@ -23,6 +25,7 @@ __all__ = [
     "USAGE",
     "Dynamic",
     "FromConfig",
+    "HFChoices",
     "Json",
     "Measure",
     "Names",
@@ -32,7 +35,6 @@ __all__ = [
     "SpellingChoice",
     "TargetOrDump",
     "TargetText",
-    "Tokens",
     "Verify",
     "errors",
     "import_torch",
@@ -40,6 +42,7 @@ __all__ = [
     "load",
     "stdout_is_for_us",
     "stop",
+    "takes_choices",
 ]
 
 ERROR, USAGE, EXPECTATION = 1, 2, 3
@@ -105,11 +108,39 @@ def import_torch() -> None:
             import torch  # noqa: F401
 
 
-def load(target: str, from_config: bool, phase: Phase, tokens: int, attention: Spelling | None) -> Target:
+def load(target: str, choices: HFChoices) -> Target:
     """TARGET as the options of a command choose it. Raises TargetError."""
     import_torch()
     with progress(f"loading {target}"):
-        return load_target(target, HFChoices(from_config, phase.value, tokens, attention.value if attention else None))
+        return load_target(target, choices)
+
+
+def takes_choices(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command that takes `choices` the options that make them: how a Hugging Face folder is called.
+
+    typer reads options off a signature; this writes one, so that the four stand in one place and not in every command.
+    """
+
+    def options(
+        phase: PhaseChoice = Phase.prefill,
+        tokens: Tokens = HFChoices.tokens,
+        attention: SpellingChoice = None,
+        from_config: FromConfig = False,
+    ) -> HFChoices:
+        return HFChoices(from_config, phase.value, tokens, attention.value if attention else None)
+
+    added = inspect.signature(options, eval_str=True).parameters
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        command(choices=options(**{name: given.pop(name) for name in added}), **given)
+
+    parameters: list[inspect.Parameter] = []
+    for name, own in inspect.signature(command, eval_str=True).parameters.items():
+        parameters += added.values() if name == "choices" else [own]
+    keywords = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    run.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
+    return run
 
 
 def in_a_folder(file: Path | None, option: str = "--out") -> None:

@@ -10,19 +10,16 @@ import typer
 from .common import (
     EXPECTATION,
     Dynamic,
-    FromConfig,
+    HFChoices,
     Json,
     Measure,
     Names,
-    Phase,
-    PhaseChoice,
-    SpellingChoice,
     TargetOrDump,
-    Tokens,
     Verify,
     errors,
     import_torch,
     stdout_is_for_us,
+    takes_choices,
 )
 from .console import err, show
 from .looking import looked_at
@@ -30,6 +27,7 @@ from .looking import looked_at
 __all__ = ["explain"]
 
 
+@takes_choices
 def explain(
     target: TargetOrDump,
     dynamic: Dynamic = False,
@@ -49,10 +47,8 @@ def explain(
         Optional[int],  # noqa: UP045
         typer.Option(min=0, help="Show only so many near misses, the nearest first, and no other softmax."),
     ] = None,
-    phase: PhaseChoice = Phase.prefill,
-    tokens: Tokens = 32,
-    attention: SpellingChoice = None,
-    from_config: FromConfig = False,
+    *,
+    choices: HFChoices,
     as_json: Json = False,
 ) -> None:
     """Show each attention of a model, and for each rewrite whether and why; nothing is changed."""
@@ -68,10 +64,7 @@ def explain(
             verify=verify.value,
             dynamic=dynamic,
             measure=measure,
-            phase=phase,
-            tokens=tokens,
-            attention=attention,
-            from_config=from_config,
+            choices=choices,
             stages=False,
         )
     made = () if material.run.target == target else (f"a dump of {material.run.target}",)

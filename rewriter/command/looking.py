@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .common import Phase, Spelling, import_torch, load
+from .common import HFChoices, import_torch, load
 from .console import progress
 from .measure import measure as timings_of
 from .targets import TargetError
@@ -26,21 +26,18 @@ def looked_at(
     verify: Verify = "fast",
     dynamic: bool,
     measure: bool,
-    phase: Phase,
-    tokens: int,
-    attention: Spelling | None,
-    from_config: bool,
+    choices: HFChoices,
     stages: bool,
 ) -> Material:
     """Look at a model or read a dump; with `stages`, every stage of every graph is kept. Raises TargetError."""
     if (material := read(target)) is not None:
-        if measure or dynamic or rewrites or from_config or attention or phase != Phase.prefill:
+        if measure or dynamic or rewrites or not choices.is_plain:
             raise TargetError(
                 f"{target}: a dump is of a call that is over; options that choose another do not apply to it.",
                 f"Give the model itself: {material.run.target}",
             )
         return material
-    found = load(target, from_config, phase, tokens, attention)
+    found = load(target, choices)
     import torch
 
     from ..environment import Run, environment

@@ -11,6 +11,7 @@ import typer
 from ..report_text import collapse, grouped
 from .common import (
     FromConfig,
+    HFChoices,
     Json,
     Phase,
     PhaseChoice,
@@ -55,7 +56,7 @@ def masks(
     with errors(), stdout_is_for_us():
         in_a_folder(out)
         plt = _matplotlib() if out is not None and out.suffix != ".txt" else None
-        found = load(target, from_config, phase, length, attention)
+        found = load(target, HFChoices(from_config, phase.value, length, attention.value if attention else None))
         import torch
 
         from ..effective_masks import effective_masks

@@ -10,19 +10,16 @@ import typer
 
 from .common import (
     Dynamic,
-    FromConfig,
+    HFChoices,
     Json,
     Measure,
     Names,
-    Phase,
-    PhaseChoice,
-    SpellingChoice,
     TargetOrDump,
-    Tokens,
     errors,
     import_torch,
     in_a_folder,
     stdout_is_for_us,
+    takes_choices,
 )
 from .console import show
 from .looking import looked_at
@@ -31,16 +28,15 @@ from .targets import TargetError
 __all__ = ["report"]
 
 
+@takes_choices
 def report(
     target: TargetOrDump,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The page.")] = Path("latent.html"),
     dynamic: Dynamic = False,
     rewrite: Names = None,
     measure: Measure = False,
-    phase: PhaseChoice = Phase.prefill,
-    tokens: Tokens = 32,
-    attention: SpellingChoice = None,
-    from_config: FromConfig = False,
+    *,
+    choices: HFChoices,
     as_json: Json = False,
 ) -> None:
     """Write an HTML file that shows everything about one call of a model; it loads nothing, and can be mailed."""
@@ -58,10 +54,7 @@ def report(
             rewrites=rewrite or None,
             dynamic=dynamic,
             measure=measure,
-            phase=phase,
-            tokens=tokens,
-            attention=attention,
-            from_config=from_config,
+            choices=choices,
             stages=True,
         )
         try:
