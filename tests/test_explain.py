@@ -306,6 +306,43 @@ def test_what_did_not_change_is_told_apart():
     assert "near misses   2 · others as before" in text and text.count("reason 0") == 1
 
 
+class Buffered(nn.Module):
+    """Attention whose mask is known when it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.rand(5, 5) > 0.1)
+
+    def forward(self, x):
+        return (x @ x.mT).masked_fill(~self.seen, -1e9).softmax(-1) @ x
+
+
+class Twelve(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(*(Buffered() for _ in range(12)))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@torch.no_grad()
+def test_layers_that_differ_in_their_own_names_are_one_line():
+    report = latent.explain(Twelve())(torch.randn(2, 3, 5, 16))
+    said = " ".join(str(report).split())
+    assert "layers.[0-11] × 12 test_explain.py" in said
+    assert "mask opaque: layers.[0-11].seen is an input of the graph" in said
+    assert "refused 12 of 12 the mask is not proven: layers.[0-11].seen is an input" in said
+    assert {site.mask.partition(" is ")[0] for site in report.sites} == {f"opaque: layers.{n}.seen" for n in range(12)}
+
+
+def test_numbers_that_are_no_layers_are_kept_apart():
+    shown = graph(paths=("a.0", "a.1"))
+    reasons = (dataclasses.replace(v, outcome="refused", reason=f"scaled by 0.{v.site}") for v in shown.verdicts)
+    text = str(Report((dataclasses.replace(shown, verdicts=tuple(reasons)),)))
+    assert "scaled by 0.0" in text and "scaled by 0.1" in text
+
+
 def test_undone_verdicts_show_their_line():
     assert "✗ fuse_attention  undone  2 of 2   why   m.py:2" in str(Report((graph(outcome="undone"),)))
 

@@ -12,6 +12,7 @@ from typing import Literal, TypeAlias
 import sympy
 from torch import fx
 
+from ..provenance import tensor_name
 from .index_values import Load
 
 I = sympy.Symbol("i", integer=True, nonnegative=True)  # noqa: E741
@@ -186,9 +187,9 @@ def _words(term: MaskTerm, causal: Causal | None = None) -> str:
         case Chunk(size):
             return f"chunks of {size}"
         case BlockDiagonal(node):
-            return f"segments of {node.name}"
+            return f"segments of {tensor_name(node)}"
         case Ordered(node):
-            return f"causal by {node.name}"
+            return f"causal by {tensor_name(node)}"
         case Padding():
             return "padding"
         case Either(terms):
