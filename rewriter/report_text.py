@@ -135,7 +135,7 @@ def _detail(same: Sequence[Verdict], places: Collection[str]) -> str:
     errors = [v.error for v in same if v.error is not None]
     known = [v.estimate for v in same if v.estimate is not None]
     before, after = sum(e.bytes_before for e in known), sum(e.bytes_after for e in known)
-    traffic = f"moves {size_text(before)} → {size_text(after)}" if known else ""
+    traffic = f"moves {size_text(before)} → {size_text(after)}" if before or after else ""
     if same[0].outcome == "applied":
         uncertified = f"not certified ({same[0].reason})" if same[0].reason else "not certified"
         certified = f"certified, relative error {error_text(max(errors))} in fp64" if errors else uncertified
