@@ -29,6 +29,7 @@ from .compat import (
 )
 from .dump import Recorded, recorded_of, trace_artifacts, wants_stages, write_recorded
 from .expect import check_expectations
+from .head_pictures import known_buffers
 from .lower import lower
 from .mutations import Mutations
 from .normal_form import Contract, check_normal_form, normalise, remove_dead_code
@@ -143,7 +144,8 @@ def transform(
         found = recognise(normal.graph)
         writes = Mutations.of(normal.graph)
         hints = size_hints(normal.graph.nodes)
-        sites = tuple(report_site(i, site, writes, hints) for i, site in enumerate(found.sites))
+        buffers = known_buffers(normal.graph, example_inputs, writes)
+        sites = tuple(report_site(i, site, writes, hints, buffers) for i, site in enumerate(found.sites))
         misses = tuple(report_miss(miss) for miss in found.misses)
     with stage("rewrite", seconds):
         done = rewrite_graph(normal.graph, found.sites, options, hints, regions)

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import sympy
+import torch
+from torch import fx
 
 from .describe import Shape, equation, shape
+from .head_pictures import head_pictures
 from .mask_pictures import mask_picture
 from .masks_of_site import describe_masks
 from .mutations import Mutations
@@ -52,6 +55,9 @@ class SiteReport:
 
     picture: tuple[str, ...] = ()
     """What the mask was proven to do, see `mask_pictures`."""
+
+    heads: tuple[tuple[str, ...], ...] = ()
+    """The same for each head, where they differ, see `head_pictures`."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +207,13 @@ def _filtered(graph: GraphReport, pattern: str, near: int | None) -> GraphReport
     )
 
 
-def report_site(index: int, site: AttentionSite, writes: Mutations, hints: Mapping[sympy.Symbol, int]) -> SiteReport:
+def report_site(
+    index: int,
+    site: AttentionSite,
+    writes: Mutations,
+    hints: Mapping[sympy.Symbol, int],
+    buffers: Mapping[fx.Node, torch.Tensor],
+) -> SiteReport:
     return SiteReport(
         index,
         module_path(site.anchor),
@@ -212,6 +224,7 @@ def report_site(index: int, site: AttentionSite, writes: Mutations, hints: Mappi
         shape(site),
         tuple(describe_origins(site, writes).values()),
         mask_picture(site, hints),
+        head_pictures(site, hints, buffers),
     )
 
 

@@ -124,6 +124,7 @@ def _graph_report(data: Mapping[str, Any]) -> GraphReport:
 
 def _site(data: Mapping[str, Any]) -> SiteReport:
     lists = {"origins": tuple(data["origins"]), "picture": tuple(data["picture"])}
+    lists["heads"] = tuple(map(tuple, data.get("heads", ())))
     return SiteReport(**{**data, **lists, "shape": Shape(**data["shape"])})
 
 

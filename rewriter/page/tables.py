@@ -73,6 +73,10 @@ class Mask:
 
     unsure: str
     note: str
+    heads: tuple[str, ...]
+    """What each head sees, where they differ: SVG paths, in squares of `head_side`."""
+
+    head_side: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -207,7 +211,7 @@ def _saving(same: Sequence[Verdict]) -> str:
 def masks(graph: GraphReport) -> tuple[Mask, ...]:
     """Every proven mask once."""
     drawn = [site for site in graph.sites if site.picture]
-    groups = grouped(drawn, lambda s: (alike(s.mask), s.picture, s.shape.queries, s.shape.keys))
+    groups = grouped(drawn, lambda s: (alike(s.mask), s.picture, s.heads, s.shape.queries, s.shape.keys))
     return tuple(map(_mask, groups))
 
 
@@ -216,10 +220,22 @@ def _mask(same: Sequence[SiteReport]) -> Mask:
     side = (len(rows[0]), len(rows))
     sizes = f"{site.shape.queries} queries × {site.shape.keys} keys"
     places = collapse([each.path for each in same]) or ROOT
+    heads = tuple(_path(each, "#") for each in site.heads)
+    head_side = (len(site.heads[0][0]), len(site.heads[0])) if site.heads else (0, 0)
     symbolic = not (site.shape.queries + site.shape.keys).isdigit()
     whole = (str(side[1]), str(side[0])) == (site.shape.queries, site.shape.keys)
     note = "at the sizes of this call" if symbolic else "" if whole else "some of them shown"
-    return Mask(merged([each.mask for each in same]), places, sizes, side, _path(rows, "#"), _path(rows, "?"), note)
+    return Mask(
+        merged([each.mask for each in same]),
+        places,
+        sizes,
+        side,
+        _path(rows, "#"),
+        _path(rows, "?"),
+        note,
+        heads,
+        head_side,
+    )
 
 
 def _path(rows: Sequence[str], letter: str) -> str:
