@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import latent
 import pytest
 from latent.rewriter.command.cli import app
 from latent.rewriter.registry import KINDS, patterns, rewrites, unregister, unregister_pattern
-from latent.rewriter.rule_facts import rewrite_facts
+from latent.rewriter.rule_facts import pattern_facts, rewrite_facts
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parent.parent
@@ -88,6 +89,15 @@ def test_built_in_rewrites_hold_on_their_examples(name: str) -> None:
     result = run("rewrites", "test", name)
     assert result.exit_code == 0, result.output
     assert f"✓ {name}: applied to " in result.stdout and "gradients agree" in result.stdout
+
+
+@pytest.mark.parametrize("name", [facts.name for facts in pattern_facts() if facts.examples])
+def test_built_in_patterns_read_their_examples_and_nothing_else_does(name: str) -> None:
+    report = latent.testing.check_pattern(name)
+    without = "no softmax is found" if report.kind == "call" else ("no softmax: ", "the product of", "the weights go")
+    assert all(reading.without.startswith(without) for reading in report.readings)
+    if report.kind in ("softmax", "score_step"):
+        assert all("fuse_attention" in reading.certified for reading in report.readings)
 
 
 WRONG = """
