@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from .. import rewrite
 from ..kernels import latent_attention as _latent_attention  # defines latent::latent_attention
@@ -81,9 +82,17 @@ class Plan:
         return tuple(axis for axis in self.form.heads if axis in found)
 
 
+def expanded(q: Tensor, c: Tensor, up_k: Tensor, up_v: Tensor) -> Tensor:
+    k, v = (c[:, None] @ up for up in (up_k, up_v))
+    return (q @ k.mT).softmax(-1) @ v
+
+
 @rewrite("absorb_up_projection", exact=True, before=("fuse_attention", "fold_repeated_heads", "replace_proven_mask"))
 class AbsorbUpProjection:
     """q_h·(U_h c_j) = (U_hᵀ q_h)·c_j  and  sum_j p_j (V_h c_j) = V_h (sum_j p_j c_j): attend to the latents c."""
+
+    examples = ((expanded, dict(q="B H S D", c="B T C", up_k="H C D", up_v="H C E")),)
+    example_sizes: ClassVar = {"C": (2, 4), "H": (2, 4), "D": (3, 8), "E": (3, 8)}
 
     def match(self, site: AttentionSite) -> Match | Refusal:
         keys = [(n, f) for n, term in enumerate(site.terms) for f in factor(term.key, width_of(site, n), site)]

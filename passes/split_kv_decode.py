@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from torch import fx
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, fx
 
 from .. import rewrite
 from ..kernels import attention as _attention  # noqa: F401  # defines latent::attention
@@ -14,9 +17,16 @@ from ..rewriter.rules import Benefit, Cost, Match, Refusal
 from ..rewriter.sites import AttentionSite
 
 
+def one_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)
+
+
 @rewrite("split_kv_decode", exact=True, after=("fuse_attention", "fold_repeated_heads", "replace_proven_mask"))
 class SplitKVDecode:
     """sdpa(q[b (h g) 1 d], k[b h j d], v)  ->  attention over parts of j, joined by log-sum-exp (Flash-Decoding)."""
+
+    examples = ((one_query, dict(q="B (K G) D", k="B K T D", v="B K T E")),)
+    example_sizes: ClassVar = {"K": (2, 4), "G": (2, 4), "T": (2, 8)}
 
     def match(self, site: AttentionSite) -> Match | Refusal:
         call = site.call

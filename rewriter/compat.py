@@ -16,6 +16,7 @@ from typing import Any
 
 import sympy
 import torch
+import torch._dynamo.utils
 import torch.compiler.config
 from torch import fx
 from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame  # 2.13
@@ -495,6 +496,12 @@ def compile_id() -> str:
     """The compilation that is going on, as in torch's logs: "0/0"; "" outside of one."""
     current = torch._guards.CompileContext.current_compile_id()  # 2.13
     return "" if current is None else str(current)
+
+
+def recompile_reason() -> str:
+    """Which guard sent the call to the compilation that is going on, and from where; "" for a first one."""
+    known = torch._dynamo.utils.get_metrics_context()._metrics  # 2.13: None where Dynamo compiles for the first time
+    return str(known.get("recompile_reason") or "")
 
 
 def size_hints(nodes: Iterable[fx.Node]) -> dict[sympy.Symbol, int]:

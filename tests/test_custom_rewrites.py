@@ -397,14 +397,30 @@ def test_without_hypothesis_the_check_says_what_to_install(monkeypatch: pytest.M
 
 
 def test_a_class_declares_its_examples() -> None:
-    runpy.run_path(str(EXAMPLE.with_name("write_a_rewrite.py")))
+    plain = runpy.run_path(str(EXAMPLE.with_name("write_a_rewrite.py")))["PlainAttention"]
+    closed = torch.library.custom_op(
+        "custom_rewrites::closed", Tensor.clone, mutates_args=(), schema="(Tensor x) -> Tensor"
+    )
+    closed.register_fake(torch.empty_like)
+
+    @latent.rewrite("mine", exact=True)
+    class WithoutGradient(plain):  # type: ignore[misc]
+        """softmax(scale · q kᵀ) v  ->  closed(scaled_dot_product_attention(q, k, v, scale))."""
+
+        examples: Any = ()
+
+        def build(self, match: Any, emit: Any) -> Any:
+            return emit.call(torch.ops.custom_rewrites.closed.default, super().build(match, emit))
+
     with pytest.raises(ValueError, match="declares no example"):
-        latent.testing.check_rewrite("use_my_kernel")
-    entry = next(entry for entry in rewrites() if entry.name == "use_my_kernel")
-    entry.rule.examples = ((lambda q, k, v, scale: (scale * (q @ k.mT)).softmax(-1) @ v, {**QKV, "scale": 0.5}),)
+        latent.testing.check_rewrite("mine")
+    WithoutGradient.examples = ((lambda q, k, v, scale: (scale * (q @ k.mT)).softmax(-1) @ v, {**QKV, "scale": 0.5}),)
     with pytest.raises(latent.testing.RewriteCheckFailed, match="gradient"):
-        latent.testing.check_rewrite("use_my_kernel", examples=5)
-    assert latent.testing.check_rewrite("use_my_kernel", examples=5, gradient=False).applied
+        latent.testing.check_rewrite("mine", examples=5)
+    assert latent.testing.check_rewrite("mine", examples=5, gradient=False).applied
+    WithoutGradient.example_sizes = {"D": (7, 7)}
+    with pytest.raises(latent.testing.RewriteCheckFailed, match="D=7"):
+        latent.testing.check_rewrite("mine", examples=5)
 
 
 # ** order and caches **

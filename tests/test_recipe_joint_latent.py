@@ -14,7 +14,7 @@ from latent.rewriter.convert.calibrate import Calibration
 from latent.rewriter.convert.layers import ConversionRefused
 from torch import Tensor
 
-LIMIT = {"cohere": 1e-6}
+LIMIT = {"cohere": 1e-6, "gemma2": 1e-6}  # parts of them run in float32
 """It turns queries and keys in float32."""
 
 
