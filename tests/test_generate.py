@@ -16,7 +16,7 @@ import latent
 from transformers import CompileConfig
 from zoo.build import build
 
-MODELS = ("llama", "mistral", "deepseek_v3", "mixtral", "gemma2", "gpt2", "gpt_neox")
+MODELS = ("llama", "mistral", "deepseek_v3", "mixtral", "gemma2", "gpt2", "gpt_neox", "falcon")
 NEW_TOKENS = 12
 EAGER = {"inner": "eager", "strict": True}
 WITHOUT_SDPA = {"gemma2"}
@@ -51,6 +51,7 @@ QUICK = (
     Case("gemma2", "eager", "dynamic", None),
     Case("gpt2", "eager", "dynamic", True),
     Case("gpt_neox", "sdpa", "dynamic", None),
+    Case("falcon", "sdpa", "dynamic", True),
 )
 WITH_INDUCTOR = (
     Case("llama", "eager", "dynamic", None),
