@@ -75,9 +75,7 @@ def test_keys_of_one_head_are_read_once_for_all_heads(mask: tuple[int, ...] | No
 @pytest.mark.parametrize("per_head", [False, True])
 def test_one_token_of_multi_query_attention_by_hand_gets_the_same_kernel(per_head: bool) -> None:
     bias = torch.randn(B, K * G if per_head else 1, 1, T)
-    found = outcome(
-        "fuse_attention", lambda q, k, v: (q @ k[:, :1].mT * 0.25 + bias).softmax(-1) @ v[:, :1], *qkv()
-    )
+    found = outcome("fuse_attention", lambda q, k, v: (q @ k[:, :1].mT * 0.25 + bias).softmax(-1) @ v[:, :1], *qkv())
     assert found.verdict.outcome == "applied" and found.error < 1e-5
     assert any("keys split over cores" in line for graph in history.reports().graphs for line in graph.lowered)
 
