@@ -137,9 +137,11 @@ def symint_of(size: int | sympy.Expr, like: torch.Tensor) -> int | torch.SymInt:
 
 def guarded_number(value: object) -> float | None:
     """The number behind a symbol, to which the graph is then bound by a guard; None where only running it tells."""
-    if isinstance(value, torch.SymInt | torch.SymFloat):
-        return float(int(value) if isinstance(value, torch.SymInt) else value) if value.node.has_hint() else None  # 2.13
-    return float(value) if isinstance(value, int | float) else None
+    if isinstance(value, torch.SymInt | torch.SymFloat) and not value.node.has_hint():  # 2.13
+        return None
+    if isinstance(value, torch.SymInt):
+        return float(int(value))
+    return float(value) if isinstance(value, int | float | torch.SymFloat) else None
 
 
 def statically_known_true(condition: bool | torch.SymBool) -> bool:
