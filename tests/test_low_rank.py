@@ -101,7 +101,6 @@ UNSEEN = {
 
 NOT_BY_LINEARITY = {
     "mla_cache_expanded": "the latents of earlier tokens are gone",
-    "mla_sinks_and_biases": "the bias matters beside sinks",
 }
 """Keys and values are linear in the latent, and yet not both can stay there."""
 
