@@ -23,7 +23,8 @@ from ..rewriter.canonical import (
     width_of,
 )
 from ..rewriter.emit import Emitter
-from ..rewriter.factors import Factor, Factored, Whole, factor
+from ..rewriter.factored import Factor, Factored, Whole
+from ..rewriter.factors import factor
 from ..rewriter.layouts import shape_of
 from ..rewriter.masks.terms import Flags
 from ..rewriter.masks_of_site import proven_flags
@@ -225,8 +226,8 @@ def _shared(plan: Plan, whole: Whole) -> bool:
 
 def _reads(plan: Plan) -> tuple[tuple[fx.Node, fx.Node], ...]:
     """The tensors that the replacement reads, and where they were read before."""
-    parts = [(node, part.contraction) for part in plan.parts for node in (part.latent.node, part.weight, part.bias)]
-    return tuple((n, at) for n, at in parts if n is not None) + tuple((w.end, w.reader) for _, w in plan.rest)
+    parts = tuple(read for part in plan.parts for read in part.reads())
+    return parts + tuple((whole.end, whole.reader) for _, whole in plan.rest)
 
 
 # ** build **
@@ -261,8 +262,7 @@ def _attend_to_latents(plan: Plan, key: Factored, value: Factored, emit: Emitter
         key_rope,
         value_latent,
         key.emit_weight(emit, site, heads, dtype),
-        value.emit_weight(emit, site, heads, dtype),
-        value.emit_bias(emit, site, heads, dtype),
+        *_weight_and_bias_of_values(plan, value, heads, emit),
         scoring.mask,
         scoring.sinks,
         scoring.scale,
@@ -306,8 +306,7 @@ def _attend_to_value_latents(plan: Plan, emit: Emitter) -> fx.Node:
     assert part is not None
     own = plan.latent_heads(part)
     latent = part.emit_of_keys(emit, site, part.latent, own, part.latent_width, dtype)
-    weight = part.emit_weight(emit, site, form.heads, dtype)
-    bias = part.emit_bias(emit, site, form.heads, dtype)
+    weight, bias = _weight_and_bias_of_values(plan, part, form.heads, emit)
     if bias is not None and plan.value_bias:
         latent = emit.call(aten.cat.default, [latent, _ones(emit, latent)], -1)
         heads = emit.call(aten.expand.default, bias, [emit.size(form.heads), -1])
@@ -328,6 +327,18 @@ def _attend_to_value_latents(plan: Plan, emit: Emitter) -> fx.Node:
     if bias is not None and not plan.value_bias:
         out = emit.call(aten.add.Tensor, out, emit.call(aten.unsqueeze.default, bias, 1))
     return emit_result(emit, form, out)
+
+
+def _weight_and_bias_of_values(
+    plan: Plan, value: Factored, heads: Dim, emit: Emitter
+) -> tuple[fx.Node, fx.Node | None]:
+    """[heads, value width, latent width] and [heads or 1, value width], with rows of zeros where values are padded."""
+    weight = value.emit_weight(emit, plan.site, heads, plan.dtype)
+    bias = value.emit_bias(emit, plan.site, heads, plan.dtype)
+    if value.padding:
+        weight = emit.call(aten.constant_pad_nd.default, weight, [0, 0, 0, value.padding])
+        bias = None if bias is None else emit.call(aten.constant_pad_nd.default, bias, [0, value.padding])
+    return weight, bias
 
 
 def _side_by_side(emit: Emitter, tensors: list[fx.Node]) -> fx.Node:

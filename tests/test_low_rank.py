@@ -96,6 +96,9 @@ def test_latents_of_the_corpus(name: str, dynamic: bool) -> None:
 UNSEEN = {
     "mla_padded": "a sum of padded tensors is no join",
     "mla_grouped_latents": "latents with an axis of heads",
+    "mla_padded_values": "zeros beside values",
+    "mla_adapter": "a sum of two products",
+    "mla_head_modules": "a stack of products",
 }
 """Latents that are not found, knowingly."""
 

@@ -43,7 +43,7 @@ class Stored(Layer):
         return self.kv_cache[:b, :end], self.pe_cache[:b, :end]
 
 
-@latent("cached latent", "both", "slices of buffers that the module owns")
+@expanded("the slice that is read is the one that was assigned")
 class MlaOwnBuffers(Stored):
     """DeepSeek's caches, expanded: slices of the module's buffers are assigned and read."""
 
@@ -243,7 +243,7 @@ class MlaMergedAdapter(MlaAdapter):
         return self.attention(self.query(x), torch.cat([content, rotary[:, None].expand(-1, H, -1, -1)], -1), value)
 
 
-@expanded("heads are linear layers of their own, stacked")
+@latent("expanded", "none", "heads are linear layers of their own, stacked: no one weight makes them")
 class MlaHeadModules(Layer):
     """A linear layer for each head; what they give is stacked."""
 
