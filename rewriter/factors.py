@@ -67,8 +67,8 @@ def _walk(state: _State, site: AttentionSite) -> list[Factor]:
             state = replace(state, node=args_of(node)[0], layout=layout)
         elif (scaled := scaled_by_number(node)) is not None:
             state = replace(state, node=scaled[0], layout=layout, factor=state.factor * scaled[1])
-        elif (parts := _padded(state, layout, site)) is not None:
-            return parts
+        elif (beside_zeros := _padded(state, layout, site)) is not None:
+            return beside_zeros
         elif (parts := _joined(state, layout, space)) is not None:
             return [found for part in parts for found in _walk(part, site)]
         elif (found := _product(state, layout, site) or _sum(state, layout, site)) is not None:

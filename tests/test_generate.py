@@ -87,7 +87,7 @@ def generate(model: Any, cache: str, **changes: Any) -> Any:
     """Greedy tokens and the logits behind them; no token ends the text."""
     with torch.no_grad():
         return model.generate(
-            **prompts(),
+            **{**prompts(), **changes},
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
             pad_token_id=0,
@@ -95,7 +95,6 @@ def generate(model: Any, cache: str, **changes: Any) -> Any:
             cache_implementation="static" if cache == "static" else None,
             return_dict_in_generate=True,
             output_logits=True,
-            **changes,
         )
 
 
@@ -154,6 +153,37 @@ def test_automatic_compilation_with_the_default_mode_of_the_library() -> None:
     config = CompileConfig(backend="latent")
     config._compile_all_devices = True
     assert_same_tokens(generate(model, "static", compile_config=config), expected)
+
+
+# ** models that nothing here was written for **
+
+FAMILIES = (
+    *("mpt", "gpt_bigcode", "codegen", "stablelm", "cohere2", "persimmon", "nemotron", "glm4", "exaone4", "smollm3"),
+    *("diffllama", "doge", "gemma3_text", "xglm"),
+)
+ONLY_EAGER = {"mpt", "codegen", "xglm"}
+OTHERS = [
+    pytest.param(Case(*case), id=str(Case(*case)), marks=pytest.mark.slow)
+    for case in product(FAMILIES, ("eager", "sdpa"), ("dynamic", "static"), (None, True))
+    if not (case[0] in ONLY_EAGER and case[1] == "sdpa")
+]
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_families(case: Case) -> None:
+    """Three rows, two of them padded on the left; every attention spelled out is fused."""
+    ids = torch.randint(12, 30, (3, 7), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :2] = mask[2, :4] = 0
+    rows = {"input_ids": ids, "attention_mask": mask}
+    model = build(case.model, attn=case.attn).model
+    expected = generate(model, case.cache, **rows)
+    model.compile(backend="latent", dynamic=case.dynamic, options=EAGER)
+    assert_same_tokens(generate(model, case.cache, **rows), expected)
+    report = latent.reports()
+    assert report.graphs and not any(graph.failure or graph.near_misses for graph in report.graphs)
+    done = report.count("fuse_attention") + report.count("absorb_up_projection")
+    assert report.sites and (case.attn == "sdpa" or done == len(report.sites))
 
 
 # ** compilations **
