@@ -54,6 +54,7 @@ __all__ = [
     "fake_mode_of",
     "fake_of_shape",
     "fqn_of",
+    "guarded_number",
     "hand_to_aot",
     "hand_to_inductor",
     "inductor_modes",
@@ -134,6 +135,15 @@ def symint_of(size: int | sympy.Expr, like: torch.Tensor) -> int | torch.SymInt:
     hint = int(size.subs({s: env.backed_var_to_val[s] for s in size.free_symbols}))  # 2.13
     made: int | torch.SymInt = env.create_symintnode(size, hint=hint)
     return made
+
+
+def guarded_number(value: object) -> float | None:
+    """The number behind a symbol, to which the graph is then bound by a guard; None where only running it tells."""
+    if isinstance(value, torch.SymInt | torch.SymFloat) and not value.node.has_hint():  # 2.13
+        return None
+    if isinstance(value, torch.SymInt):
+        return float(int(value))
+    return float(value) if isinstance(value, int | float | torch.SymFloat) else None
 
 
 def statically_known_true(condition: bool | torch.SymBool) -> bool:

@@ -149,6 +149,23 @@ def test_symbolic_sizes_match_and_a_condition_on_them_becomes_a_guard() -> None:
     assert [v.outcome for v in latent.reports().verdicts if v.rewrite == "mine"] == ["applied", "refused"]
 
 
+class Capped(torch.nn.Module):
+    """A soft cap that dynamic shapes make a symbol of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cap = 30.0
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return capped(q, k, v, self.cap, 0.25)
+
+
+def test_a_symbolic_cap_is_one_of_the_numbers_of_a_pattern() -> None:
+    replace_capped(lambda q, k, v, cap, scale: capped(q / 2, k, v, cap, 2 * scale))
+    found = outcome("mine", Capped(), *qkv(), dynamic=True)
+    assert found.verdict.outcome == "applied" and found.error < 1e-5
+
+
 def capped_at_30(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return capped(q, k, v, 30.0, 0.25)
 
