@@ -19,6 +19,7 @@ from latent.passes.recipes.cross_layer_svd import CrossLayerSVD, cached_numbers
 from latent.rewriter.convert import factored
 from latent.rewriter.convert.layer_groups import _partition, even_groups, given_groups
 from latent.rewriter.convert.layers import ConversionRefused
+from zoo.build import build
 
 WIDTH = 16
 """G d of the model, keys and values alike."""
@@ -62,6 +63,21 @@ def test_full_rank_reproduces_the_logits(bases: Any, max_length: int | None, gro
     found = decode(made, latent.LatentCache(made, max_length), ids(), PROMPT, padded())
     seen = padded().bool()
     assert_close(found[seen], forward(model, ids(), padded())[seen])
+
+
+@pytest.mark.parametrize("bases", ["prompt", "calibrated"])
+def test_keys_with_a_norm_are_kept_after_it(bases: Any) -> None:
+    """As of Qwen3; it stands before rope, so it changes nothing for what is cached."""
+    model = build("qwen3").model
+    widths = [layer.cached // 2 for layer in decoder_of(model).layers]
+    recipe = CrossLayerSVD(group=2, rank_key=widths[0], rank_value=widths[0], bases=bases, least=0)
+    size = model.config.vocab_size
+    text = TEXT % size
+    made = converted(model, recipe, text)
+    cache = latent.LatentCache(made)
+    found, wanted = decode(made, cache, ids() % size, PROMPT), forward(model, ids() % size)
+    assert type(made.model.layers[0].self_attn.memory).__name__ == "CrossLayerMemory"
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_without_its_cache_the_model_is_the_original() -> None:
@@ -140,14 +156,17 @@ def rebuilt(cache: Any, layer: int, which: int) -> Tensor:
 
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("group", [1, 2, 3])
-def test_the_error_is_the_energy_of_what_was_left_out(group: int, which: int) -> None:
-    made = converted(tiny(), xkv(group=group))
+@pytest.mark.parametrize("balance", [False, True])
+def test_the_error_is_the_energy_of_what_was_left_out(group: int, which: int, balance: bool) -> None:
+    made = converted(tiny(), xkv(group=group, balance=balance))
     cache = latent.LatentCache(made)
     step(made, cache, ids()[:, :PROMPT], PROMPT)
     rows = prompt_rows(tiny(), made, which)
     for members in even_groups(4, group):
-        wide = torch.cat([rows[index] for index in members], -1)
-        found = torch.cat([rebuilt(cache, index, which) for index in members], -1)
+        scales = [rows[index].pow(2).mean((1, 2), keepdim=True).sqrt() if balance else 1 for index in members]
+        wide = torch.cat([rows[index] / scale for index, scale in zip(members, scales, strict=True)], -1)
+        parts = [rebuilt(cache, index, which) / scale for index, scale in zip(members, scales, strict=True)]
+        found = torch.cat(parts, -1)
         u, s, v = torch.linalg.svd(wide, full_matrices=False)
         rank = (5, 7)[which] * len(members)
         error, energy = (wide - found).pow(2).sum((1, 2)), s[:, rank:].pow(2).sum(-1)

@@ -1,11 +1,11 @@
 """xKV: layers of a group share one factor of their tokens; each layer rebuilds its keys and values from it.
 
-    X = [X_1 | ... | X_n]  ≈  A [B_1 | ... | B_n]     A = X Bᵀ [T, r]     B = the r leading eigenvectors of XᵀX
+    X = [X_1 / s_1 | ... | X_n / s_n]     V = the r leading eigenvectors of XᵀX     A = X Vᵀ [T, r]     X_l ≈ A V_l s_l
 
-for the keys before rope, and for the values, without their biases. The error is the energy of the singular values that
-were left out. Neighbouring layers say much the same of a token, so n layers need less than n times the rank of one.
-From the prompt, B is the best there is for it, at the price of being kept with it: r·n·Gd numbers, as many as n·Gd more
-tokens take. From calibration text, B is part of the model.
+for the keys before rope (after their norm, if they have one), and for the values, without their biases. The error is
+the energy of the singular values that were left out. The scales s_l keep loud layers from taking all components; the
+method as published has none. Bases V_l s_l of the prompt are the best there are for it, at the price of being kept
+with it: r·n·Gd numbers, as many as n·Gd more tokens take. Bases of calibration text are part of the model.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ from ...rewriter.convert.calibrate import Calibration
 from ...rewriter.convert.factored import Factored
 from ...rewriter.convert.layer_groups import cross_moments, even_groups, given_groups, similar_groups
 from ...rewriter.convert.layers import AttentionLayer, ConversionRefused, Decoder, Rotary
-from ...rewriter.convert.memory import FullMemory, Memory, heads_of
+from ...rewriter.convert.memory import FullMemory, Memory, heads_of, unturned_keys
 from ...rewriter.convert.rank import angles
 from ...rewriter.convert.recipe import Needs, part, recipe
 from ...rewriter.convert.rotation import Turns
 
 __all__ = ["CrossLayerMemory", "CrossLayerSVD", "cached_numbers"]
+
+
+NAMES = ("key", "value")
 
 
 @recipe
@@ -39,7 +42,8 @@ class CrossLayerSVD:
     calibration text, and tuples of layers are taken as they are, with the layers that they leave out unchanged.
     `rank_key` and `rank_value` are for one layer, a group of n has n times that; without them, the ranks (2 to 3) take
     `share` of the bytes of a prompt of `length` tokens. With `bases="calibrated"` the bases are learned from text, and
-    new tokens are compressed too. A prompt of fewer than `least` tokens, 4 n G d if not given, is left uncompressed.
+    new tokens are compressed too. `balance` weighs the layers of a group alike. A prompt of fewer than `least` tokens,
+    4 n G d if not given, is left uncompressed.
     """
 
     group: int = 4
@@ -50,6 +54,7 @@ class CrossLayerSVD:
     length: int = 4096
     bases: Literal["prompt", "calibrated"] = "prompt"
     least: int | None = None
+    balance: bool = True
 
     name: ClassVar[str] = "cross_layer_svd"
     needs: ClassVar[Needs] = "nothing"
@@ -59,13 +64,13 @@ class CrossLayerSVD:
         """Put a CrossLayerMemory into every attention of a group. Raises ConversionRefused."""
         groups = self._groups(decoder, calibration)
         key, value = self._ranks(decoder, groups)
-        bases = _bases(decoder, groups, (key, value), calibration) if self.bases == "calibrated" else {}
+        bases = self._bases(decoder, groups, (key, value), calibration) if self.bases == "calibrated" else {}
         for group in groups:
             layers = [decoder.layers[index] for index in group]
             ranks = group_ranks(layers, key, value)
             least = 4 * sum(layer.groups * layer.key_width for layer in layers) if self.least is None else self.least
             for index, layer in zip(group, layers, strict=True):
-                memory = CrossLayerMemory.of(layer, group, ranks, least, bases.get(index))
+                memory = CrossLayerMemory.of(layer, group, ranks, least, self.balance, bases.get(index))
                 attentions[index].replace_memory(memory, self.name)
 
     def _groups(self, decoder: Decoder, calibration: Calibration) -> list[tuple[int, ...]]:
@@ -101,15 +106,38 @@ class CrossLayerSVD:
             )
         return found
 
+    def _bases(
+        self,
+        decoder: Decoder,
+        groups: Sequence[Sequence[int]],
+        ranks: tuple[int, int],
+        calibration: Calibration,
+    ) -> dict[int, list[tuple[Tensor, Tensor]]]:
+        """B_l [r, G d] and s_l of the keys of every layer, and of its values, from calibration text."""
+        from ...rewriter.convert.factor_layers import leading, scales_of
+
+        found: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        moments = cross_moments(decoder, groups, calibration, self.name)
+        for group, pair in zip(groups, moments, strict=True):
+            layers = [decoder.layers[index] for index in group]
+            for moment, rank, widths in zip(pair, group_ranks(layers, *ranks), _widths(layers), strict=True):
+                scales = scales_of(moment, widths, self.balance)
+                basis = leading(moment / scales / scales[:, None], rank) * scales
+                parts = zip(group, basis.split(widths, -1), scales.split(widths), strict=True)
+                for index, part_of_basis, scale in parts:
+                    found.setdefault(index, []).append((part_of_basis.contiguous(), scale[0]))
+        return found
+
 
 def group_ranks(layers: Sequence[AttentionLayer], key: int, value: int) -> tuple[int, int]:
     """Ranks of a group's keys and values, from those of one layer."""
-    widths = [sum(layer.groups * w for layer, w in zip(layers, of, strict=True)) for of in _widths(layers)]
-    return min(key * len(layers), widths[0]), min(value * len(layers), widths[1])
+    widths = _widths(layers)
+    return min(key * len(layers), sum(widths[0])), min(value * len(layers), sum(widths[1]))
 
 
 def _widths(layers: Sequence[AttentionLayer]) -> tuple[list[int], list[int]]:
-    return [layer.key_width for layer in layers], [layer.value_width for layer in layers]
+    """G d and G e of each layer."""
+    return [layer.groups * layer.key_width for layer in layers], [layer.groups * layer.value_width for layer in layers]
 
 
 def cached_numbers(
@@ -121,26 +149,8 @@ def cached_numbers(
         layers = [decoder.layers[index] for index in group]
         total -= tokens * sum(layer.cached for layer in layers)
         for rank, width in zip(group_ranks(layers, *ranks), _widths(layers), strict=True):
-            columns = sum(layer.groups * w for layer, w in zip(layers, width, strict=True))
-            total += min(rank, tokens) * (tokens + columns * kept_bases)
+            total += min(rank, tokens) * (tokens + sum(width) * kept_bases)
     return total + tokens * decoder.cached
-
-
-def _bases(
-    decoder: Decoder, groups: Sequence[Sequence[int]], ranks: tuple[int, int], calibration: Calibration
-) -> dict[int, tuple[Tensor, Tensor]]:
-    """The bases [r, G d] and [r, G e] of every layer, from calibration text."""
-    from ...rewriter.convert.factor_layers import leading
-
-    found: dict[int, list[Tensor]] = {}
-    moments = cross_moments(decoder, groups, calibration, CrossLayerSVD.name)
-    for group, pair in zip(groups, moments, strict=True):
-        layers = [decoder.layers[index] for index in group]
-        for moment, rank, widths in zip(pair, group_ranks(layers, *ranks), _widths(layers), strict=True):
-            columns = [layer.groups * width for layer, width in zip(layers, widths, strict=True)]
-            for index, basis in zip(group, leading(moment, rank).split(columns, -1), strict=True):
-                found.setdefault(index, []).append(basis.to(decoder.dtype).contiguous())
-    return {index: (pair[0], pair[1]) for index, pair in found.items()}
 
 
 @part
@@ -148,9 +158,12 @@ class CrossLayerMemory(Memory):
     """k = turn(W_k x + b_k);  v = W_v x + b_v, of which a cache keeps what is said above."""
 
     turns_late: ClassVar[bool] = True
+    after_norm: ClassVar[bool] = True
 
     basis_key: Tensor
     basis_value: Tensor
+    scale_key: Tensor
+    scale_value: Tensor
 
     def __init__(
         self,
@@ -159,16 +172,17 @@ class CrossLayerMemory(Memory):
         members: Sequence[int],
         ranks: Sequence[int],
         least: int,
+        balance: bool,
         calibrated: bool,
     ) -> None:
         super().__init__(rotary)
         self.full = FullMemory(**full, rotary=rotary)
-        self.members, self.ranks, self.least, self.calibrated = tuple(members), (ranks[0], ranks[1]), least, calibrated
+        self.members, self.ranks = tuple(members), (ranks[0], ranks[1])
+        self.least, self.balance, self.calibrated = least, balance, calibrated
         if calibrated:
-            self.register_buffer("basis_key", self.full.key.weight.new_empty(ranks[0], self.full.key.out_features))
-            self.register_buffer(
-                "basis_value", self.full.value.weight.new_empty(ranks[1], self.full.value.out_features)
-            )
+            for name, rank, linear in zip(NAMES, ranks, (self.full.key, self.full.value), strict=True):
+                self.register_buffer(f"basis_{name}", linear.weight.new_empty(rank, linear.out_features))
+                self.register_buffer(f"scale_{name}", linear.weight.new_empty(()))
 
     @classmethod
     def of(
@@ -177,14 +191,16 @@ class CrossLayerMemory(Memory):
         members: Sequence[int],
         ranks: tuple[int, int],
         least: int,
-        bases: tuple[Tensor, Tensor] | None,
+        balance: bool,
+        bases: Sequence[tuple[Tensor, Tensor]] | None,
     ) -> CrossLayerMemory:
         full = FullMemory.of(layer)
         with torch.device("meta"):
-            made = cls(layer.rotary, full.settings(), members, ranks, least, bases is not None)
+            made = cls(layer.rotary, full.settings(), members, ranks, least, balance, bases is not None)
         made.full = full
-        if bases is not None:
-            made.basis_key, made.basis_value = bases
+        for name, (basis, scale) in zip(NAMES, bases or (), strict=bool(bases)):
+            setattr(made, f"basis_{name}", basis.to(full.key.weight))
+            setattr(made, f"scale_{name}", scale.to(full.key.weight))
         return made
 
     def settings(self) -> dict[str, object]:
@@ -193,15 +209,16 @@ class CrossLayerMemory(Memory):
             "members": list(self.members),
             "ranks": list(self.ranks),
             "least": self.least,
+            "balance": self.balance,
             "calibrated": self.calibrated,
         }
 
     def new(self, hidden: Tensor, turns: Turns | None) -> tuple[Tensor, Tensor]:
-        key, value = (nn.functional.linear(hidden, linear.weight) for linear in (self.full.key, self.full.value))
-        return heads_of(key, self.full.groups), heads_of(value, self.full.groups)
+        key = unturned_keys(hidden, self.full.key, self.full.key_norm, self.full.groups)
+        return key, heads_of(nn.functional.linear(hidden, self.full.value.weight), self.full.groups)
 
     def read(self, first: Any, second: Any, turns: Turns | None) -> tuple[Any, Any]:
-        key, value = self.full.key.bias, self.full.value.bias
+        key, value = self.full.key.bias if self.full.key_norm is None else None, self.full.value.bias
         if isinstance(first, Factored):
             return replace(first, bias=key, turns=turns, rotary=self.rotary), replace(second, bias=value)
         if turns is not None:  # a fixed cache holds angles of tokens to come
@@ -212,8 +229,9 @@ class CrossLayerMemory(Memory):
         from ...rewriter.convert.factor_layers import CalibratedLayer, PromptLayer
 
         if self.calibrated:
-            return CalibratedLayer(self.members, make, (self.basis_key, self.basis_value))
-        return PromptLayer(self.members, make, self.ranks, self.least)
+            bases, scales = (self.basis_key, self.basis_value), (self.scale_key, self.scale_value)
+            return CalibratedLayer(self.members, make, bases, scales)
+        return PromptLayer(self.members, make, self.ranks, self.least, self.balance)
 
 
 def _plus(x_BNTw: Tensor, bias: Tensor | None) -> Tensor:
