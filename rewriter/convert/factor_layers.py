@@ -42,7 +42,7 @@ def scales_of(moment: Tensor, widths: Sequence[int], balance: bool) -> Tensor:
         return torch.ones_like(energy)
     means = [part.mean(-1, keepdim=True).expand_as(part) for part in energy.split(list(widths), -1)]
     scales = torch.cat(means, -1).sqrt()
-    return scales.clamp_min(1e-6 * float(scales.max()) or 1.0)
+    return torch.where(scales > 0, scales, 1.0)
 
 
 def leading(moment: Tensor, rank: int) -> Tensor:
