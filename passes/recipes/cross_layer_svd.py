@@ -93,7 +93,7 @@ class CrossLayerSVD:
         if not 0 < self.share <= 1:
             raise ConversionRefused("share", f"{self.share} is no share of the cache; give one above 0, at most 1")
         room, found = self.share * decoder.cached * self.length, (0, 0)
-        for unit in range(1, max(max(layer.groups * layer.key_width for layer in decoder.layers), 2)):
+        for unit in range(1, max(_widths(decoder.layers)[0]) + 1):
             ranks = (unit, -(-3 * unit // 2))
             if cached_numbers(decoder, groups, ranks, self.length, self.bases == "prompt") > room:
                 break

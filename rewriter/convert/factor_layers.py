@@ -179,6 +179,11 @@ class PromptLayer(FactorLayer):
         self.tail: Any = make()
         self.bases: Pair | None = None
         self.waiting: Pair | None = None
+        self.speaks = False
+
+    def join(self, layers: Sequence[Any]) -> None:
+        super().join(layers)
+        self.speaks = self is next(layer for layer in layers if isinstance(layer, PromptLayer))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, mask: Tensor | None = None, *args: Any
@@ -195,7 +200,7 @@ class PromptLayer(FactorLayer):
         return key_states, value_states
 
     def _worth(self, tokens: int) -> bool:
-        if tokens < self.least and self.members[0] == 0 and self.leader is self and not torch.compiler.is_compiling():
+        if tokens < self.least and self.speaks and not torch.compiler.is_compiling():
             log.warning(
                 "latent: a prompt of %d tokens is kept uncompressed; below %d the bases take too much of what is saved",
                 tokens,
