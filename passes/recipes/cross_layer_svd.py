@@ -1,11 +1,11 @@
 """xKV: layers of a group share one factor of their tokens; each layer rebuilds its keys and values from it.
 
-    X = [X_1 / s_1 | ... | X_n / s_n]     V = the r leading eigenvectors of XᵀX     A = X Vᵀ [T, r]     X_l ≈ A V_l s_l
+    X = [X_1 | ... | X_n]  ≈  A [B_1 | ... | B_n]     A = X Bᵀ [T, r]     B = the r leading eigenvectors of XᵀX
 
 for the keys before rope (after their norm, if they have one), and for the values, without their biases. The error is
-the energy of the singular values that were left out. The scales s_l keep loud layers from taking all components; the
-method as published has none. Bases V_l s_l of the prompt are the best there are for it, at the price of being kept
-with it: r·n·Gd numbers, as many as n·Gd more tokens take. Bases of calibration text are part of the model.
+the energy of the singular values that were left out. Bases of the prompt are the best there are for it, at the price
+of being kept with it: r·n·Gd numbers, as many as n·Gd more tokens take. Bases of calibration text are part of the
+model. Layers are not weighed: to scale them to equal energy first was measured, and it was no better.
 """
 
 from __future__ import annotations
@@ -30,9 +30,6 @@ from ...rewriter.convert.rotation import Turns
 __all__ = ["CrossLayerMemory", "CrossLayerSVD", "cached_numbers"]
 
 
-NAMES = ("key", "value")
-
-
 @recipe
 @dataclass(frozen=True)
 class CrossLayerSVD:
@@ -42,8 +39,7 @@ class CrossLayerSVD:
     calibration text, and tuples of layers are taken as they are, with the layers that they leave out unchanged.
     `rank_key` and `rank_value` are for one layer, a group of n has n times that; without them, the ranks (2 to 3) take
     `share` of the bytes of a prompt of `length` tokens. With `bases="calibrated"` the bases are learned from text, and
-    new tokens are compressed too. `balance` weighs the layers of a group alike. A prompt of fewer than `least` tokens,
-    4 n G d if not given, is left uncompressed.
+    new tokens are compressed too. A prompt of fewer than `least` tokens, 4 n G d if not given, is left uncompressed.
     """
 
     group: int = 4
@@ -54,7 +50,6 @@ class CrossLayerSVD:
     length: int = 4096
     bases: Literal["prompt", "calibrated"] = "prompt"
     least: int | None = None
-    balance: bool = True
 
     name: ClassVar[str] = "cross_layer_svd"
     needs: ClassVar[Needs] = "nothing"
@@ -70,7 +65,7 @@ class CrossLayerSVD:
             ranks = group_ranks(layers, key, value)
             least = 4 * sum(layer.groups * layer.key_width for layer in layers) if self.least is None else self.least
             for index, layer in zip(group, layers, strict=True):
-                memory = CrossLayerMemory.of(layer, group, ranks, least, self.balance, bases.get(index))
+                memory = CrossLayerMemory.of(layer, group, ranks, least, bases.get(index))
                 attentions[index].replace_memory(memory, self.name)
 
     def _groups(self, decoder: Decoder, calibration: Calibration) -> list[tuple[int, ...]]:
@@ -112,20 +107,17 @@ class CrossLayerSVD:
         groups: Sequence[Sequence[int]],
         ranks: tuple[int, int],
         calibration: Calibration,
-    ) -> dict[int, list[tuple[Tensor, Tensor]]]:
-        """B_l [r, G d] and s_l of the keys of every layer, and of its values, from calibration text."""
-        from ...rewriter.convert.factor_layers import leading, scales_of
+    ) -> dict[int, list[Tensor]]:
+        """B_l of the keys of every layer, [r, G d], and of its values, from calibration text."""
+        from ...rewriter.convert.factor_layers import leading
 
-        found: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        found: dict[int, list[Tensor]] = {}
         moments = cross_moments(decoder, groups, calibration, self.name)
         for group, pair in zip(groups, moments, strict=True):
             layers = [decoder.layers[index] for index in group]
             for moment, rank, widths in zip(pair, group_ranks(layers, *ranks), _widths(layers), strict=True):
-                scales = scales_of(moment, widths, self.balance)
-                basis = leading(moment / scales / scales[:, None], rank) * scales
-                parts = zip(group, basis.split(widths, -1), scales.split(widths), strict=True)
-                for index, part_of_basis, scale in parts:
-                    found.setdefault(index, []).append((part_of_basis.contiguous(), scale[0]))
+                for index, basis in zip(group, leading(moment, rank).split(widths, -1), strict=True):
+                    found.setdefault(index, []).append(basis.contiguous())
         return found
 
 
@@ -162,8 +154,6 @@ class CrossLayerMemory(Memory):
 
     basis_key: Tensor
     basis_value: Tensor
-    scale_key: Tensor
-    scale_value: Tensor
 
     def __init__(
         self,
@@ -172,17 +162,16 @@ class CrossLayerMemory(Memory):
         members: Sequence[int],
         ranks: Sequence[int],
         least: int,
-        balance: bool,
         calibrated: bool,
     ) -> None:
         super().__init__(rotary)
         self.full = FullMemory(**full, rotary=rotary)
         self.members, self.ranks = tuple(members), (ranks[0], ranks[1])
-        self.least, self.balance, self.calibrated = least, balance, calibrated
+        self.least, self.calibrated = least, calibrated
         if calibrated:
-            for name, rank, linear in zip(NAMES, ranks, (self.full.key, self.full.value), strict=True):
-                self.register_buffer(f"basis_{name}", linear.weight.new_empty(rank, linear.out_features))
-                self.register_buffer(f"scale_{name}", linear.weight.new_empty(()))
+            key, value = self.full.key, self.full.value
+            self.register_buffer("basis_key", key.weight.new_empty(ranks[0], key.out_features))
+            self.register_buffer("basis_value", value.weight.new_empty(ranks[1], value.out_features))
 
     @classmethod
     def of(
@@ -191,16 +180,14 @@ class CrossLayerMemory(Memory):
         members: Sequence[int],
         ranks: tuple[int, int],
         least: int,
-        balance: bool,
-        bases: Sequence[tuple[Tensor, Tensor]] | None,
+        bases: Sequence[Tensor] | None,
     ) -> CrossLayerMemory:
         full = FullMemory.of(layer)
         with torch.device("meta"):
-            made = cls(layer.rotary, full.settings(), members, ranks, least, balance, bases is not None)
+            made = cls(layer.rotary, full.settings(), members, ranks, least, bases is not None)
         made.full = full
-        for name, (basis, scale) in zip(NAMES, bases or (), strict=bool(bases)):
-            setattr(made, f"basis_{name}", basis.to(full.key.weight))
-            setattr(made, f"scale_{name}", scale.to(full.key.weight))
+        if bases is not None:
+            made.basis_key, made.basis_value = (basis.to(full.key.weight) for basis in bases)
         return made
 
     def settings(self) -> dict[str, object]:
@@ -209,7 +196,6 @@ class CrossLayerMemory(Memory):
             "members": list(self.members),
             "ranks": list(self.ranks),
             "least": self.least,
-            "balance": self.balance,
             "calibrated": self.calibrated,
         }
 
@@ -229,9 +215,8 @@ class CrossLayerMemory(Memory):
         from ...rewriter.convert.factor_layers import CalibratedLayer, PromptLayer
 
         if self.calibrated:
-            bases, scales = (self.basis_key, self.basis_value), (self.scale_key, self.scale_value)
-            return CalibratedLayer(self.members, make, bases, scales)
-        return PromptLayer(self.members, make, self.ranks, self.least, self.balance)
+            return CalibratedLayer(self.members, make, (self.basis_key, self.basis_value))
+        return PromptLayer(self.members, make, self.ranks, self.least)
 
 
 def _plus(x_BNTw: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,9 +1,8 @@
 """Layers of a `LatentCache` that share one token factor within a group of them.
 
-    z = [x_1 / s_1 | ... | x_n / s_n]     V = the leading eigenvectors of Σ_t z_t z_tᵀ     A = z Vᵀ     B_l = s_l V_l
+    x = [x_1 | ... | x_n] ≈ A [B_1 | ... | B_n]     A = x Bᵀ     B = the leading eigenvectors of Σ_t x_t x_tᵀ
 
-so that x_l ≈ A B_l, for the keys before rope, and for the values. The scales s_l, root mean squares, keep loud layers
-from taking all components; or they are 1. The first layer of a group holds A of both. Formed of the prompt
+for the keys before rope, and for the values. The first layer of a group holds A of both. Formed of the prompt
 (`PromptLayer`), B is the prompt's own, and tokens that come later are kept as they are. Formed of other text
 (`CalibratedLayer`), B is the model's, and every token goes into A once the group's last layer has seen it. The tokens
 of a call attend to each other exactly.
@@ -22,7 +21,7 @@ from transformers.cache_utils import CacheLayerMixin
 from .cache import FixedLayer, GrowingLayer
 from .factored import Factored
 
-__all__ = ["CalibratedLayer", "PromptLayer", "flat_rows", "leading", "scales_of"]
+__all__ = ["CalibratedLayer", "PromptLayer", "flat_rows", "leading"]
 
 log = logging.getLogger(__name__)
 
@@ -33,16 +32,6 @@ Pair = tuple[Tensor, Tensor]
 def flat_rows(x_BNTw: Tensor) -> Tensor:
     """[B, N, T, w] -> [B, T, N·w]."""
     return x_BNTw.transpose(1, 2).flatten(2)
-
-
-def scales_of(moment: Tensor, widths: Sequence[int], balance: bool) -> Tensor:
-    """The root mean square of each layer, for every column, [..., n], of second moments [..., n, n]; or ones."""
-    energy = moment.diagonal(dim1=-2, dim2=-1)
-    if not balance:
-        return torch.ones_like(energy)
-    means = [part.mean(-1, keepdim=True).expand_as(part) for part in energy.split(list(widths), -1)]
-    scales = torch.cat(means, -1).sqrt()
-    return torch.where(scales > 0, scales, 1.0)
 
 
 def leading(moment: Tensor, rank: int) -> Tensor:
@@ -106,11 +95,11 @@ class FactorLayer(CacheLayerMixin):
 
 
 class CalibratedLayer(FactorLayer):
-    """Tokens as rows of A; `bases` B_l [r, N·w] and `scales` s_l are the model's."""
+    """Tokens as rows of A; `bases` are the model's, [r, N·w] each."""
 
-    def __init__(self, members: Sequence[int], make: Callable[[], Any], bases: Pair, scales: Pair) -> None:
+    def __init__(self, members: Sequence[int], make: Callable[[], Any], bases: Pair) -> None:
         super().__init__(members, make)
-        self.bases, self.scales = bases, scales
+        self.bases = bases
         self.pending: Pair | None = None
 
     def join(self, layers: Sequence[Any]) -> None:
@@ -139,8 +128,7 @@ class CalibratedLayer(FactorLayer):
 
     def _add(self, key: Tensor, value: Tensor) -> None:
         leader = self.leader
-        parts = zip((key, value), self.bases, self.scales, strict=True)
-        made = [flat_rows(x) @ basis.t() / scale**2 for x, basis, scale in parts]
+        made = [flat_rows(x) @ basis.t() for x, basis in zip((key, value), self.bases, strict=True)]
         if leader.pending is not None:
             made = [one + other for one, other in zip(made, leader.pending, strict=True)]
         leader.pending = (made[0], made[1])
@@ -171,11 +159,9 @@ class PromptLayer(FactorLayer):
     `ranks` are those of the group.
     """
 
-    def __init__(
-        self, members: Sequence[int], make: Callable[[], Any], ranks: tuple[int, int], least: int, balance: bool
-    ) -> None:
+    def __init__(self, members: Sequence[int], make: Callable[[], Any], ranks: tuple[int, int], least: int) -> None:
         super().__init__(members, make)
-        self.ranks, self.least, self.balance = ranks, least, balance
+        self.ranks, self.least = ranks, least
         self.tail: Any = make()
         self.bases: Pair | None = None
         self.waiting: Pair | None = None
@@ -280,12 +266,9 @@ def _factor(group: Sequence[PromptLayer], mask: Tensor | None) -> None:
         parts = [flat_rows(layer.waiting[which]) for layer in group if layer.waiting is not None]
         rows, widths = torch.cat(parts, -1), [part.shape[-1] for part in parts]
         wide = rows.double() if mask is None else rows.double() * _seen(mask, rows.shape[1]).unsqueeze(-1)
-        moment = wide.transpose(1, 2) @ wide
-        scales = scales_of(moment, widths, group[0].balance).unsqueeze(-2)
-        moment = moment / scales / scales.transpose(-1, -2)
-        vectors = leading(moment, min(rank, rows.shape[1], rows.shape[2]))
-        tokens.append(rows @ (vectors / scales).to(rows).transpose(1, 2))
-        bases.append([part.contiguous() for part in (vectors * scales).to(rows).split(widths, -1)])
+        basis = leading(wide.transpose(1, 2) @ wide, min(rank, rows.shape[1], rows.shape[2])).to(rows)
+        tokens.append(rows @ basis.transpose(1, 2))
+        bases.append([part.contiguous() for part in basis.split(widths, -1)])
     for n, (layer, key, value) in enumerate(zip(group, *bases, strict=True)):
         layer.keep_factor((key, value), (tokens[0], tokens[1]) if n == 0 else None)
 
