@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("transformers")
 
 import latent
-from convert_models import TURNED, attention_error, convert, decoder, layer, limit, text, tiny
+from convert_models import TURNED, attention_error, convert, decoder, layer, limit, logits, text, tiny
 from latent.passes.recipes.joint_latent import basis, keys_of, stacked
 from latent.passes.recipes.mla import MLAMemory, pair_columns
 from latent.passes.recipes.transmla import Split, TransMLA, components, put_split, rotation, strongest, turning
@@ -25,6 +25,7 @@ from latent.rewriter.convert.memory import heads_of
 from latent.rewriter.convert.rotation import rotate
 from test_generate import EAGER, assert_same_tokens, generate
 from torch import Tensor
+from transformers import DynamicCache, StaticCache
 
 EYE = torch.eye(64, dtype=torch.float64)
 
@@ -257,6 +258,15 @@ def test_latent_and_shared_key_fit_into_the_share() -> None:
 def test_choices_that_do_not_hold(name: str, recipe: TransMLA, why: str) -> None:
     with pytest.raises(ConversionRefused, match=why):
         convert(name, recipe)
+
+
+@pytest.mark.parametrize("length", [16, 100])
+def test_caches_of_transformers_hold_the_small_state(length: int) -> None:
+    converted = convert("llama", TransMLA(share=0.75))
+    for cache in (DynamicCache(config=converted.config), StaticCache(config=converted.config, max_cache_len=length)):
+        logits(converted, input_ids=text(2, length), past_key_values=cache)
+        held = [tensor.untyped_storage().nbytes() for one in cache.layers for tensor in (one.keys, one.values)]
+        assert held == [2 * length * 16 * 8, 2 * length * 8 * 8] * 2  # rows, tokens, numbers, bytes: latent and key
 
 
 # ** the compiler **
