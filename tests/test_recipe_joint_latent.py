@@ -8,14 +8,11 @@ import torch
 pytest.importorskip("transformers")
 
 import latent
-from convert_models import CONFIGS, attention_error, convert, decoder, layer, text, tiny
+from convert_models import CONFIGS, attention_error, convert, decoder, layer, limit, text, tiny
 from latent.passes.recipes.joint_latent import JointLatent, JointMemory, basis, keys_of, stacked
 from latent.rewriter.convert.calibrate import Calibration
 from latent.rewriter.convert.layers import ConversionRefused
 from torch import Tensor
-
-LIMIT = {"cohere": 1e-6, "gemma2": 1e-6}  # parts of them run in float32
-"""It turns queries and keys in float32."""
 
 
 def moment(name: str) -> Tensor:
@@ -26,7 +23,7 @@ def moment(name: str) -> Tensor:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_full_rank_is_exact(name: str) -> None:
     full = convert(name, JointLatent(rank=layer(name).cached))
-    assert attention_error(name, full) < LIMIT.get(name, 1e-10)
+    assert attention_error(name, full) < limit(name)
     assert attention_error(name, convert(name, JointLatent(rank=layer(name).cached // 4))) > 1e-2
 
 

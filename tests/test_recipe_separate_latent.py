@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("transformers")
 
 import latent
-from convert_models import CONFIGS, attention_error, convert, layer, logits, relative, text
+from convert_models import CONFIGS, attention_error, convert, layer, limit, logits, relative, text
 from latent.passes.recipes.separate_latent import SeparateLatent, leading
 from latent.rewriter.convert.layers import ConversionRefused
 
@@ -24,7 +24,7 @@ WAYS = [
 @pytest.mark.parametrize(("kind", "fold"), WAYS)
 def test_full_rank_is_exact(name: str, kind: Any, fold: bool) -> None:
     converted = convert(name, SeparateLatent(**FULL, basis=kind, fold_values=fold))
-    assert attention_error(name, converted) < (1e-6 if name == "cohere" else 1e-10)
+    assert attention_error(name, converted) < limit(name)
 
 
 @pytest.mark.parametrize("kind", ["layer", "head"])

@@ -6,29 +6,32 @@ The keys of all G groups are one vector k [G·d] for every head, of which head h
     q_h·k_g = (T_gᵀ q_h)·(Tᵀ k) + q_h·(P_g Pᵀ k)
 
 Rotation (exact): T and P mix the groups' components of one frequency by principal components; as all of them turn by
-the same angle, turning commutes with it. Folding takes `freq_fold` neighbouring frequencies as one, and only the first
-components of each go on being turned, by one of its frequencies: this is what loses. What is not turned is put into one
-latent with the values: [Pᵀ k / ρ ; v] by its principal components.
+the same angle, turning commutes with it. What loses is that only some components go on being turned: those for which it
+matters most, by their energy and by how far their frequency turns; or, as published, the first ones of each frequency,
+or of `freq_fold` neighbouring ones taken as one. What is not turned is put into one latent with the values:
+[Pᵀ k / ρ ; v] by its principal components.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ...rewriter.convert.attention import ConvertedAttention
-from ...rewriter.convert.calibrate import Calibration
+from ...rewriter.convert.calibrate import Calibration, calls
 from ...rewriter.convert.layers import Affine, AttentionLayer, ConversionRefused, Decoder, Rotary
 from ...rewriter.convert.rank import even_ranks
 from ...rewriter.convert.recipe import Needs, recipe
+from ...rewriter.convert.rotation import turns_of
 from .joint_latent import basis, factors, keys_of, stacked
 from .mla import pair_columns, put_mla, required_rotary, shared_query
 
-__all__ = ["Split", "TransMLA", "put_split", "rotation"]
+__all__ = ["Split", "TransMLA", "put_split", "rotation", "strongest"]
 
 
 @recipe
@@ -36,13 +39,14 @@ __all__ = ["Split", "TransMLA", "put_split", "rotation"]
 class TransMLA:
     """Make grouped-query attention multi-head latent attention: a latent, and one short key with positions.
 
-    `rope_dim` columns of the shared key are turned; without it, as many as the model turns in one head. `freq_fold`
-    neighbouring frequencies are taken as one; "auto" takes what predicts the calibration text best. `rank` is that of
-    the latent; without it latent and shared key fit into `share` of the bytes that keys and values take.
+    `rope_dim` columns of the shared key are turned; without it, as many as the model turns in one head. Without
+    `freq_fold` they are those that turning changes most; with it that many neighbouring frequencies are taken as one,
+    as published, and "auto" takes what predicts the calibration text best. `rank` is that of the latent; without it
+    latent and shared key fit into `share` of the bytes that keys and values take.
     """
 
     rope_dim: int | None = None
-    freq_fold: int | Literal["auto"] = "auto"
+    freq_fold: int | Literal["auto"] | None = None
     rank: int | None = None
     share: float = 0.5
     balance: bool = True
@@ -55,14 +59,18 @@ class TransMLA:
         """Put an MLAMemory and wider queries into every attention. Raises ConversionRefused."""
         folds, ranks = self._folds(decoder), self._ranks(decoder)
         moments = calibration.second_moments({layer.path: stacked(layer) for layer in decoder.layers}, self.name)
+        changes = turning(decoder, calibration, self.name) if None in folds else {}
 
-        def change(changed: Sequence[ConvertedAttention], fold: int) -> None:
+        def change(changed: Sequence[ConvertedAttention], fold: int | None) -> None:
             for attention, layer, rank in zip(changed, decoder.layers, ranks, strict=True):
-                moment = moments[layer.path]
-                split = rotation(layer, moment, self._width(layer), fold)
+                moment, width = moments[layer.path], self._width(layer)
+                if fold is None:
+                    split = strongest(layer, moment, width, changes[layer.path])
+                else:
+                    split = rotation(layer, moment, width, fold)
                 put_split(attention, layer, moment, split, rank, self.balance, self.name)
 
-        losses: dict[int, float] = {}
+        losses: dict[int | None, float] = {}
         for fold in folds if len(folds) > 1 else ():
             tried = [ConvertedAttention.of(layer) for layer in decoder.layers]
             change(tried, fold)
@@ -76,10 +84,11 @@ class TransMLA:
         rotary = required_rotary(layer, self.name)
         return rotary.width if self.rope_dim is None else self.rope_dim
 
-    def _folds(self, decoder: Decoder) -> list[int]:
-        """Those that hold for every layer, the smallest first."""
+    def _folds(self, decoder: Decoder) -> Sequence[int | None]:
+        """Those that hold for every layer, the smallest first; None: nothing is folded."""
         most = min(required_rotary(layer, self.name).width // 2 for layer in decoder.layers)
-        asked = [2**n for n in range(most.bit_length())] if self.freq_fold == "auto" else [self.freq_fold]
+        asked: list[int | None] = [self.freq_fold] if self.freq_fold != "auto" else []
+        asked = asked or [2**n for n in range(most.bit_length())]
         misfits = {
             fold: [(layer, why) for layer in decoder.layers if (why := misfit(layer, self._width(layer), fold))]
             for fold in asked
@@ -111,13 +120,15 @@ class Split:
     frequencies: tuple[int, ...]
 
 
-def misfit(layer: AttentionLayer, width: int, fold: int) -> str | None:
+def misfit(layer: AttentionLayer, width: int, fold: int | None) -> str | None:
     """Why so many columns cannot be turned with so many frequencies as one, or None."""
     rotary = required_rotary(layer, TransMLA.name)
-    if fold < 1 or rotary.width // 2 % fold:
-        return f"freq_fold {fold} does not divide its {rotary.width // 2} frequencies"
     if not 0 < width <= layer.groups * rotary.width:
         return f"rope_dim {width} is not from 1 to the {layer.groups * rotary.width} columns that it turns"
+    if fold is None:
+        return f"rope_dim {width} is odd, and columns turn in pairs" if width % 2 else None
+    if fold < 1 or rotary.width // 2 % fold:
+        return f"freq_fold {fold} does not divide its {rotary.width // 2} frequencies"
     kept, rest = divmod(width * fold, rotary.width)
     if rest or (fold % kept and kept % fold):
         return (
@@ -128,27 +139,77 @@ def misfit(layer: AttentionLayer, width: int, fold: int) -> str | None:
 
 
 def rotation(layer: AttentionLayer, moment: Tensor, width: int, fold: int) -> Split:
-    """Principal components of each frequency (of `fold` neighbours) over the groups; the first ones are turned."""
-    rotary = required_rotary(layer, TransMLA.name)
-    groups, keys = layer.groups, keys_of(layer)
-    folds, kept = rotary.width // 2 // fold, width * fold // rotary.width
-    columns = torch.arange(keys, device=moment.device).view(groups, layer.key_width)
-    parts = [columns[:, c].view(groups, folds, fold).transpose(0, 1).flatten(1) for c in pair_columns(rotary)]
-    pooled = sum(moment[part[:, :, None], part[:, None, :]] for part in parts)  # one real mix for both of a pair
-    vectors = torch.linalg.eigh(pooled)[1].flip(-1)  # [folds, members, components]
+    """The first principal components of each frequency (of `fold` neighbours) over the groups are turned."""
+    pairs, _ = components(layer, moment, fold)
+    folds, each = pairs.shape[2:]
+    kept = width // 2 // folds
+    step = max(1, fold // kept)
+    chosen = [n * each + j for n in range(folds) for j in range(kept)]
+    return _split(layer, pairs, chosen, tuple(n * fold + j * step % fold for n in range(folds) for j in range(kept)))
 
+
+def strongest(layer: AttentionLayer, moment: Tensor, width: int, change: Tensor) -> Split:
+    """The components are turned for which energy times `change` [frequencies] is largest; the others lose least."""
+    pairs, energy = components(layer, moment, 1)
+    gain = (energy * change.to(energy)[:, None]).flatten()
+    chosen = sorted(gain.argsort(descending=True)[: width // 2].tolist())
+    return _split(layer, pairs, chosen, tuple(n // energy.shape[1] for n in chosen))
+
+
+def components(layer: AttentionLayer, moment: Tensor, fold: int) -> tuple[Tensor, Tensor]:
+    """Principal components of each fold over the groups, [G·d, 2 columns of a pair, folds, components]; energies."""
+    rotary = required_rotary(layer, TransMLA.name)
+    keys, folds = keys_of(layer), rotary.width // 2 // fold
+    columns = torch.arange(keys, device=moment.device).view(layer.groups, layer.key_width)
+    parts = [columns[:, c].view(layer.groups, folds, fold).transpose(0, 1).flatten(1) for c in pair_columns(rotary)]
+    first, second = (moment[part[:, :, None], part[:, None, :]] for part in parts)
+    energy, vectors = torch.linalg.eigh(first + second)  # one real mix for both columns of a pair
     pairs = torch.zeros(keys, 2, *vectors.shape[::2], dtype=moment.dtype, device=moment.device)
     for of_pair, part in enumerate(parts):
         for n in range(folds):
-            pairs[part[n], of_pair, n] = vectors[n]
-    turned, dropped = pairs[..., :kept].flatten(2), pairs[..., kept:].flatten(1)
-    turned = turned if rotary.form == "half" else turned.transpose(1, 2)
-    passed = torch.ones(layer.key_width, dtype=torch.bool, device=moment.device)
-    passed[rotary.first : rotary.first + rotary.width] = False
-    never = torch.eye(keys, dtype=moment.dtype, device=moment.device)[:, columns[:, passed].flatten()]
-    step = max(1, fold // kept)
-    frequencies = tuple(n * fold + j * step % fold for n in range(folds) for j in range(kept))
-    return Split(turned.flatten(1), torch.cat((dropped, never), 1), frequencies)
+            pairs[part[n], of_pair, n] = vectors[n].flip(1)
+    return pairs, energy.flip(1)
+
+
+def _split(layer: AttentionLayer, pairs: Tensor, chosen: Sequence[int], frequencies: tuple[int, ...]) -> Split:
+    """`chosen` of the components are turned; the others, and columns that the model does not turn, are not."""
+    rotary = required_rotary(layer, TransMLA.name)
+    pairs = pairs.flatten(2)
+    dropped = [n for n in range(pairs.shape[2]) if n not in set(chosen)]
+    turned = pairs[..., list(chosen)] if rotary.form == "half" else pairs[..., list(chosen)].transpose(1, 2)
+    columns = torch.arange(len(pairs), device=pairs.device)
+    column = columns % layer.key_width
+    passed = columns[(column < rotary.first) | (column >= rotary.first + rotary.width)]
+    never = torch.eye(len(pairs), dtype=pairs.dtype, device=pairs.device)[:, passed]
+    return Split(turned.flatten(1), torch.cat((pairs[..., dropped].flatten(1), never), 1), frequencies)
+
+
+# ** how far frequencies turn **
+
+
+def turning(decoder: Decoder, calibration: Calibration, recipe: str) -> dict[str, Tensor]:
+    """How much turning changes each frequency of each layer, up to the longest text that the model is made for."""
+    layers = {layer.path: layer for layer in decoder.layers}
+    found: dict[str, Tensor] = {}
+    row = calibration.required(recipe)[:1]
+    config: Any = getattr(decoder.model, "config", None)
+    longest = getattr(config, "max_position_embeddings", None) or row.shape[1]
+
+    def see(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        layer = layers[path]
+        given = dict(zip(layer.call.parameters, args, strict=False)) | kwargs
+        cos, sin = turns_of(given["position_embeddings"], required_rotary(layer, recipe))
+        found[path] = mean_change(torch.atan2(sin[0, 1].double(), cos[0, 1].double()), longest)
+
+    with torch.no_grad(), calls(calibration.model, list(layers), see):
+        calibration.run(row.to(next(calibration.model.parameters()).device))
+    return found
+
+
+def mean_change(angle: Tensor, longest: int) -> Tensor:
+    """1 - cos of `angle` times a distance, averaged over distances up to `longest`, each order of magnitude alike."""
+    distances = torch.logspace(0, math.log10(max(2, longest)), 4096, dtype=angle.dtype, device=angle.device)
+    return 1 - (angle[:, None] * distances).cos().mean(1)
 
 
 # ** weights **
