@@ -19,11 +19,14 @@ from .common import ERROR, EXPECTATION, Json, Phase, Spelling, Verify
 from .common import errors as _errors
 from .common import stdout_is_for_us as _stdout_is_for_us
 from .console import err, progress, show, table
+from .convert import SETTINGS as _OF_RECIPES
+from .convert import convert
 from .diff import diff
 from .dump import dump
 from .eval import evaluate
 from .masks import masks
 from .mlir import mlir
+from .recipe_flags import recipes
 from .report import report
 from .rules import patterns, rewrites
 
@@ -42,6 +45,8 @@ app.command()(bisect)
 app.command()(masks)
 app.command()(mlir)
 app.command(name="eval")(evaluate)
+app.command(context_settings=_OF_RECIPES)(convert)
+app.command()(recipes)
 app.add_typer(rewrites, name="rewrites")
 app.add_typer(patterns, name="patterns")
 

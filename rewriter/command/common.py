@@ -37,7 +37,15 @@ __all__ = [
 ]
 
 ERROR, USAGE, EXPECTATION = 1, 2, 3
-IN_WORDS = ("TargetError", "DemoError", "BisectionError", "MlirError", "TextError")
+IN_WORDS = (
+    "TargetError",
+    "DemoError",
+    "BisectionError",
+    "MlirError",
+    "TextError",
+    "ConversionError",
+    "ConversionRefused",
+)
 """Exceptions whose text says all; by name, because their modules import torch."""
 
 

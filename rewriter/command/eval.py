@@ -142,7 +142,10 @@ def cache_for(model: Any) -> Any:
     """An empty cache of the kind that a model is used with."""
     import transformers
 
-    return transformers.DynamicCache(config=model.config)
+    from ..convert.cache import LatentCache
+
+    converted = getattr(model.config, "latent", None) is not None
+    return LatentCache(model) if converted else transformers.DynamicCache(config=model.config)
 
 
 def load_model(name: str, attention: Spelling | None = None) -> Any:

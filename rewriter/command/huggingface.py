@@ -59,6 +59,8 @@ def load_folder(folder: Path, choices: HFChoices) -> Target:
 def _build(transformers: Any, folder: Path, config: Any, random: bool, attention: str | None) -> tuple[Any, str]:
     import torch
 
+    from ..convert.store import load
+
     kind = next((getattr(transformers, n, None) for n in config.architectures or ()), None) or transformers.AutoModel
     options = {"attn_implementation": attention} if attention else {}
     dtype = getattr(config, "dtype", None) or torch.float32
@@ -67,9 +69,11 @@ def _build(transformers: Any, folder: Path, config: Any, random: bool, attention
             torch.manual_seed(0)
             make = kind.from_config if hasattr(kind, "from_config") else kind._from_config
             model = make(config, dtype=dtype, **options)
+        elif getattr(config, "latent", None):
+            model = load(folder, dtype=dtype, **options)
         else:
             model = kind.from_pretrained(folder, local_files_only=True, dtype=dtype, **options)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
         raise TargetError(
             f"{folder}: {kind.__name__} cannot be made: {type(error).__name__}: {error}",
             "With --from-config the weights are left aside; --attention eager|sdpa chooses the spelling.",
