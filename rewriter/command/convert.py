@@ -40,7 +40,7 @@ def convert(
         Optional[list[str]],  # noqa: UP045
         typer.Option("--other", metavar="FILE|pkg:NAME", help="Score a text never calibrated on. Else pkg:stdlib."),
     ] = None,
-    windows: Annotated[int, typer.Option("--calibration-windows", min=1, help="Windows to calibrate on.")] = 48,
+    windows: Annotated[int, typer.Option("--calibration-windows", min=1, help="Windows to calibrate on.")] = 24,
     tokens: Annotated[int, typer.Option(min=0, help="Scored tokens of each text; 0: no perplexity.")] = 4096,
     length: Annotated[int, typer.Option(min=8, help="Tokens of a window.")] = 512,
     limit: Annotated[
@@ -66,6 +66,8 @@ def convert(
     Each recipe has flags of its own, which `latent recipes NAME` shows: --recipe joint_latent --share 0.5.
     """
     allowed = _share(limit)
+    if target.startswith("--"):
+        stop(f"{target} stands where TARGET is expected.\nTARGET comes first, before the flags of recipes.", USAGE)
     if out is None and not dry_run:
         stop("there is nowhere to write to.\nName a folder with -o DIR, or look only with --dry-run.", USAGE)
     if allowed is not None and tokens == 0:

@@ -47,9 +47,9 @@ def parse_recipes(names: Sequence[str], arguments: Sequence[str]) -> list[Any]:
     if not names:
         stop(f"no recipe is asked for.\nName one with --recipe: {', '.join(_known())}.", USAGE)
     kinds = [_recipe(name) for name in names]
-    if len(set(names)) < len(names):
+    chosen: dict[str, dict[str, Any]] = {kind.name: {} for kind in kinds}
+    if len(chosen) < len(kinds):
         stop("a recipe is asked for twice.\nGive each once; they are applied in order.", USAGE)
-    chosen: dict[str, dict[str, Any]] = {name: {} for name in names}
     for flag, given in _pairs(arguments):
         kind, field, negated = _owner(flag, kinds)
         chosen[kind.name][field.name] = _value(flag, given, _type(kind, field), negated)
@@ -60,9 +60,13 @@ def with_choices(recipe: Any) -> str:
     """A recipe as the command line writes it, without what is as it is by default."""
     made = [str(recipe.name)]
     for field in fields(recipe):
-        value = getattr(recipe, field.name)
-        if value != field.default:
-            made.append(f"--{_dashed(field.name)} {value}" if value is not True else f"--{_dashed(field.name)}")
+        value, name = getattr(recipe, field.name), _dashed(field.name)
+        if value == field.default:
+            continue
+        if isinstance(value, bool):
+            made.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            made.append(f"--{name} {','.join(map(str, value)) if isinstance(value, tuple) else value}")
     return " ".join(made)
 
 
