@@ -15,10 +15,8 @@ __all__ = ["card", "summary"]
 
 def summary(made: Conversion) -> str:
     """For a terminal."""
-    lines = [line for recipe, text in zip(made.recipes, made.about, strict=True) for line in (recipe, f"  {text}")] + [
-        ""
-    ]
-    lines += aligned([("layers", "what stands there", "bytes a token"), *_layers(made)], indent=0)]
+    lines = [f"{recipe}\n  {about}" for recipe, about in zip(made.recipes, made.about, strict=True)]
+    lines += ["", *aligned([("layers", "what stands there", "bytes a token"), *_layers(made)], indent=0)]
     lines += ["", f"cache of {made.cached} tokens   {_cache(made)}"]
     if made.scores:
         lines += ["", *aligned([("perplexity", *HEADS), *_scores(made)], indent=0)]
