@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .rewriter.convert.convert import convert
     from .rewriter.convert.recipe import recipes
     from .rewriter.convert.store import load
-    from .rewriter.custom import check as testing
+    from .rewriter.custom import testing
     from .rewriter.custom.replacement import replace
     from .rewriter.explain import check, explain
     from .rewriter.history import reports
@@ -62,7 +62,7 @@ _LATER = {
 
 def __getattr__(name: str) -> Any:
     if name == "testing":
-        return import_module(".rewriter.custom.check", __name__)
+        return import_module(".rewriter.custom.testing", __name__)
     if name not in _LATER:
         raise AttributeError(f"module 'latent' has no attribute {name!r}")
     return getattr(import_module(_LATER[name], __name__), name)

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from ...kernels import picked_heads as _picked_heads  # noqa: F401  # defines the operators that are called below
 from ...rewriter.convert.attention import ConvertedAttention, HeadGate
 from ...rewriter.convert.calibrate import Calibration, calls
+from ...rewriter.convert.factored import formed
 from ...rewriter.convert.layers import AttentionLayer, ConversionRefused, Decoder
 from ...rewriter.convert.recipe import Needs, part, recipe
 from ...rewriter.convert.rotation import Turns, rotate
@@ -158,7 +159,8 @@ class HeadRouter(HeadGate):
         self, attention: ConvertedAttention, hidden: Tensor, turns: Turns | None, mask: Tensor | None, past: Any
     ) -> Tensor:
         weights, picked = self.weights(hidden)
-        if hidden.shape[:2] == (1, 1) and self.picked < self.route.out_features and not torch.is_grad_enabled():
+        skips = self.picked < self.route.out_features and attention.reach is None  # a reach has caches of its own
+        if skips and hidden.shape[:2] == (1, 1) and not torch.is_grad_enabled():
             return self.one_token(attention, hidden, weights, picked, turns, mask, past)
         heads = attention.attention(hidden, turns, mask, past).unflatten(-1, (len(self.order), -1))
         return attention.output((heads * weights.unsqueeze(-1)).flatten(2))
@@ -201,7 +203,7 @@ class HeadRouter(HeadGate):
             query = op.rows_of_heads(hidden[0, 0], weight, bias, heads, form.query_width)
             if form.rotary is not None and turns is not None:
                 query = rotate(query[None, :, None], turns, form.rotary)[0, :, 0]
-        key, value = attention.remember(hidden, turns, past)
+        key, value = (formed(kept) for kept in attention.remember(hidden, turns, mask, past))
         out = op.attend_picked(query, heads, form.heads, key, value, mask, form.scale, form.cap)
         out = out * weights[0, 0, heads, None]
         weight, bias = attention.output.weight, attention.output.bias

@@ -68,7 +68,7 @@ def evaluate(
     """Measure perplexity, KL, recall of repeated strings, cache bytes and decoding speed of causal language models."""
     with errors(), stdout_is_for_us():
         from .bench_text import import_matplotlib
-        from .eval_text import plot as draw
+        from .eval_text import plot as draw_plot
         from .eval_text import render
 
         if plot is not None:
@@ -91,7 +91,7 @@ def evaluate(
         )
         results = _measured(targets, base, text or DEFAULT_TEXTS, protocol, tokenizer, attention)
         if plot is not None:
-            draw(results, plot)
+            draw_plot(results, plot)
     if as_json:
         print(json.dumps(results.to_dict()))
     else:
@@ -108,7 +108,7 @@ def _measured(
 ) -> Results:
     import torch
 
-    from ..evaluate.evaluation import Results, evaluate, evaluate_original, material, references
+    from ..evaluate.evaluation import Results, draw, evaluate, evaluate_original, references
     from ..evaluate.texts import read_text
 
     models = [name for name in (base, *targets) if name is not None]
@@ -116,7 +116,7 @@ def _measured(
     folder = tokenizer or next((Path(name) for name in models if Path(name).is_dir()), None)
     reader = load_tokenizer(folder)
     with progress(f"reading {', '.join(texts)}"):
-        drawn = material(reader, [read_text(name) for name in texts], protocol)
+        drawn = draw(reader, [read_text(name) for name in texts], protocol)
     evaluations, known, dtypes = [], None, []
     for name, label in zip(models, _labels(models), strict=True):
         model = load_model(name, attention)
@@ -142,10 +142,12 @@ def cache_for(model: Any) -> Any:
     """An empty cache of the kind that a model is used with."""
     import transformers
 
+    from ..convert.attention import ConvertedAttention
     from ..convert.cache import LatentCache
 
-    converted = getattr(model.config, "latent", None) is not None
-    return LatentCache(model) if converted else transformers.DynamicCache(config=model.config)
+    if any(isinstance(module, ConvertedAttention) for module in model.modules()):
+        return LatentCache(model)
+    return transformers.DynamicCache(config=model.config)
 
 
 def load_model(name: str, attention: Spelling | None = None) -> Any:

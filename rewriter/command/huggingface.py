@@ -30,6 +30,11 @@ def import_transformers() -> Any:
 def load_folder(folder: Path, choices: HFChoices) -> Target:
     """The model of a folder and one call of it. Raises TargetError."""
     file = folder / "config.json"
+    if (folder / "manifest.json").is_file() and not file.is_file():
+        raise TargetError(
+            f"{folder}: this folder is a dump, and the command needs the model itself.",
+            "`latent explain` and `latent report` read dumps, `latent diff` compares them.",
+        )
     if not file.is_file():
         raise TargetError(
             f"{folder}: the folder has no config.json, so it is no Hugging Face model.",
@@ -59,8 +64,6 @@ def load_folder(folder: Path, choices: HFChoices) -> Target:
 def _build(transformers: Any, folder: Path, config: Any, random: bool, attention: str | None) -> tuple[Any, str]:
     import torch
 
-    from ..convert.store import load
-
     kind = next((getattr(transformers, n, None) for n in config.architectures or ()), None) or transformers.AutoModel
     options = {"attn_implementation": attention} if attention else {}
     dtype = getattr(config, "dtype", None) or torch.float32
@@ -69,16 +72,23 @@ def _build(transformers: Any, folder: Path, config: Any, random: bool, attention
             torch.manual_seed(0)
             make = kind.from_config if hasattr(kind, "from_config") else kind._from_config
             model = make(config, dtype=dtype, **options)
-        elif getattr(config, "latent", None):
-            model = load(folder, dtype=dtype, **options)
         else:
-            model = kind.from_pretrained(folder, local_files_only=True, dtype=dtype, **options)
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+            model = _from_pretrained(kind, folder, config, dtype=dtype, **options)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise TargetError(
             f"{folder}: {kind.__name__} cannot be made: {type(error).__name__}: {error}",
             "With --from-config the weights are left aside; --attention eager|sdpa chooses the spelling.",
         ) from error
     return model.eval(), str(getattr(model.config, "_attn_implementation", None) or "it is written")
+
+
+def _from_pretrained(kind: Any, folder: Path, config: Any, **options: Any) -> Any:
+    """Converted models are put together by latent, all others by transformers."""
+    if getattr(config, "latent", None):
+        from ..convert.store import load
+
+        return load(folder, **options)
+    return kind.from_pretrained(folder, local_files_only=True, **options)
 
 
 def _inputs(folder: Path, config: Any, model: Any, choices: HFChoices) -> dict[str, Any]:

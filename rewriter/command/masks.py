@@ -11,17 +11,19 @@ import typer
 from ..report_text import collapse, grouped
 from .common import (
     FromConfig,
+    HFChoices,
     Json,
     Phase,
     PhaseChoice,
     SpellingChoice,
-    TargetText,
     errors,
+    in_a_folder,
     load,
     stdout_is_for_us,
 )
 from .console import progress, show
-from .targets import TargetError
+from .plan_masks import plan_classes, plan_of_target
+from .targets import Target, TargetError
 
 if TYPE_CHECKING:
     from ..effective_masks import EffectiveMask
@@ -34,17 +36,26 @@ SHADES = "·░▒▓█"
 
 
 def masks(
-    target: TargetText,
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="TARGET",
+            help="A Hugging Face folder, FILE.py:FACTORY whose factory returns (model, args, kwargs), or a span plan "
+            "(.yaml, or the folder of a model that was converted to one).",
+        ),
+    ],
     layer: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(min=0, help="Only this attention, counted from 0 in the order of the call."),
     ] = None,
-    head: Annotated[int, typer.Option(min=0, help="Which head, counted from 0 through the batch.")] = 0,
+    head: Annotated[
+        int, typer.Option(min=0, help="Which head, counted from 0 through the batch; of plans all are shown.")
+    ] = 0,
     out: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("--out", metavar="FILE", help="Draw into this file: .txt, or .png, .svg, .pdf (extra `report`)."),
     ] = None,
-    length: Annotated[int, typer.Option("--len", min=1, help="For folders: how many tokens the prefill has.")] = 16,
+    length: Annotated[int, typer.Option("--len", min=1, help="For folders and plans: how many tokens there are.")] = 16,
     phase: PhaseChoice = Phase.prefill,
     attention: SpellingChoice = None,
     from_config: FromConfig = False,
@@ -52,22 +63,14 @@ def masks(
 ) -> None:
     """Show which keys each query sees; layers with the same mask are shown once."""
     with errors(), stdout_is_for_us():
-        if out is not None and not out.absolute().parent.is_dir():
-            raise TargetError(f"--out {out}: there is no folder {out.parent}.", "Make it, or name another.")
+        in_a_folder(out)
         plt = _matplotlib() if out is not None and out.suffix != ".txt" else None
-        found = load(target, from_config, phase, length, attention)
-        import torch
-
-        from ..effective_masks import effective_masks
-
-        with progress("tracing, and reading the masks"), torch.no_grad():
-            try:
-                every = effective_masks(found.model, found.args, found.kwargs, head)
-            except IndexError as error:
-                raise TargetError(f"--head {head}: {error}.", "Choose one of them.") from error
-        if layer is not None and layer >= len(every):
-            raise TargetError(f"--layer {layer}: the call has {len(every)} attentions.", "They are counted from 0.")
-        classes = grouped(every if layer is None else every[layer : layer + 1], _identity)
+        plan = plan_of_target(target)
+        if plan is not None:
+            classes, notes = plan_classes(plan, layer, length), (f"span plan, {len(plan.layers)} layers",)
+        else:
+            found = load(target, HFChoices(from_config, phase.value, length, attention.value if attention else None))
+            classes, notes = _classes(found, layer, head), found.notes
         text = "\n\n".join(_picture(same, head) for same in classes) or "no attention was found"
         if plt is not None and out is not None:
             _draw(plt, classes, head, out)
@@ -76,7 +79,23 @@ def masks(
     if as_json:
         print(json.dumps({"target": target, "head": head, "masks": [_plain(same) for same in classes]}))
     else:
-        show(f"{target}   {'; '.join(found.notes)}".rstrip() + "\n\n" + (text if out is None else f"written: {out}"))
+        show(f"{target}   {'; '.join(notes)}".rstrip() + "\n\n" + (text if out is None else f"written: {out}"))
+
+
+def _classes(found: Target, layer: int | None, head: int) -> list[list[EffectiveMask]]:
+    """The masks of a call, equal ones together. Raises TargetError."""
+    import torch
+
+    from ..effective_masks import effective_masks
+
+    with progress("tracing, and reading the masks"), torch.no_grad():
+        try:
+            every = effective_masks(found.model, found.args, found.kwargs, head)
+        except IndexError as error:
+            raise TargetError(f"--head {head}: {error}.", "Choose one of them.") from error
+    if layer is not None and layer >= len(every):
+        raise TargetError(f"--layer {layer}: the call has {len(every)} attentions.", "They are counted from 0.")
+    return grouped(every if layer is None else every[layer : layer + 1], _identity)
 
 
 def _matplotlib() -> Any:

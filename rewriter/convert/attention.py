@@ -7,16 +7,18 @@ Plain PyTorch throughout: what the compiler makes fast, it finds here as in any 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import AttentionLayer, CallForm, ConversionRefused, Rotary
+from .factored import Factored, attend_to_factors, formed
+from .layers import Affine, AttentionLayer, CallForm, ConversionRefused, Rotary
 from .memory import FullMemory, Memory, heads_of
 from .norms import HeadNorm
+from .reach import Reach
 from .rotation import Turns, rotate, turns_of
 
 __all__ = ["AttentionForm", "ConvertedAttention", "HeadGate", "attend"]
@@ -69,6 +71,7 @@ class ConvertedAttention(nn.Module):
         self.query_norm = query_norm
         self.memory = memory
         self.gate: HeadGate | None = None
+        self.reach: Reach | None = None
 
     @classmethod
     def of(cls, layer: AttentionLayer, memory: Memory | None = None) -> ConvertedAttention:
@@ -76,7 +79,7 @@ class ConvertedAttention(nn.Module):
         with torch.device("meta"):
             made = cls(AttentionForm.of(layer), memory or FullMemory.of(layer), HeadNorm.of(layer.query_norm))
         made.query = layer.query.linear()
-        made.output = type(layer.output)(layer.output.weight.flatten(1), layer.output.bias).linear()
+        made.replace_output(layer.output)
         return made
 
     def replace_memory(self, memory: Memory, recipe: str) -> None:
@@ -89,7 +92,26 @@ class ConvertedAttention(nn.Module):
                 recipe,
                 "a norm stands between the projection of the keys and the scores; low rank does not commute with it",
             )
+        if self.reach is not None:
+            raise ConversionRefused(recipe, "an earlier recipe gave its heads spans, which need a cache for each head")
         self.memory = memory
+
+    def replace_query(self, query: Affine, rotary: Rotary | None, recipe: str) -> None:
+        """Queries [H, d, C] of any width, and which of their columns are turned; the scale stays.
+
+        Raises ConversionRefused where the queries have a norm.
+        """
+        if self.query_norm is not None:
+            raise ConversionRefused(recipe, "a norm stands between the projection of the queries and the scores")
+        self.query = query.linear()
+        bias = (query.bias is not None, self.form.bias[1])
+        self.form = replace(self.form, query_width=query.weight.shape[1], rotary=rotary, bias=bias)
+
+    def replace_output(self, output: Affine) -> None:
+        """What reads the heads, [C, H, e]; e is the width of the values that the memory gives."""
+        self.output = Affine(output.weight.flatten(1), output.bias).linear()
+        bias = (self.form.bias[0], output.bias is not None)
+        self.form = replace(self.form, value_width=output.weight.shape[2], bias=bias)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         read = self._given(args, kwargs)
@@ -114,7 +136,10 @@ class ConvertedAttention(nn.Module):
     def attention(self, hidden: Tensor, turns: Turns | None, mask: Tensor | None, past: Any) -> Tensor:
         """What the heads give, side by side: [B, S, H·e]."""
         query = self.queries(hidden, turns)
-        key, value = self.remember(hidden, turns, past)
+        if self.reach is not None:
+            out: Tensor = self.reach(query, *self.memory.new(hidden, turns), mask, past, self.form)
+            return out.flatten(2)
+        key, value = self.remember(hidden, turns, mask, past)
         return attend(query, key, value, mask, self.form.scale, self.form.cap).flatten(2)
 
     def queries(self, hidden: Tensor, turns: Turns | None) -> Tensor:
@@ -126,8 +151,10 @@ class ConvertedAttention(nn.Module):
             query = rotate(query, turns, self.form.rotary)
         return query
 
-    def remember(self, hidden: Tensor, turns: Turns | None, past: Any) -> tuple[Tensor, Tensor]:
-        """Keys and values of earlier calls and of this one.
+    def remember(
+        self, hidden: Tensor, turns: Turns | None, mask: Tensor | None, past: Any
+    ) -> tuple[Tensor | Factored, Tensor | Factored]:
+        """Keys and values of earlier calls and of this one, factored where the cache keeps factors.
 
         Caches that know nothing of memories get keys and values as of any other model where the memory would need the
         angles of earlier calls.
@@ -136,13 +163,11 @@ class ConvertedAttention(nn.Module):
         index = self.form.call.index
         if past is None:
             return self.memory.read(first, second, turns)
-        if not self.memory.turns_late:
-            first, second = past.update(first, second, index)
+        if hasattr(past, "keep"):
+            first, second, turns = past.keep(first, second, turns, mask, index)
             return self.memory.read(first, second, turns)
-        if not hasattr(past, "update_turns"):
+        if self.memory.turns_late:
             return past.update(*self.memory.read(first, second, turns), index)  # type: ignore[no-any-return]
-        if turns is not None:
-            turns = past.update_turns(turns, index, hidden.shape[0])
         first, second = past.update(first, second, index)
         return self.memory.read(first, second, turns)
 
@@ -165,23 +190,32 @@ class HeadGate(nn.Module):
 
 
 def attend(
-    query_BHSd: Tensor, key_BGTd: Tensor, value_BGTe: Tensor, mask: Tensor | None, scale: float, cap: float | None
+    query_BHSd: Tensor,
+    key_BGTd: Tensor | Factored,
+    value_BGTe: Tensor | Factored,
+    mask: Tensor | None,
+    scale: float,
+    cap: float | None,
 ) -> Tensor:
     """Attention of H heads to G, [B, S, H, e]. Without a mask queries see the keys up to their own.
 
     `mask` [B, 1 or H, S, T]: true where a key is seen, or numbers that are added.
     """
+    if isinstance(key_BGTd, Factored) and isinstance(value_BGTe, Factored) and query_BHSd.shape[2] == 1:
+        return attend_to_factors(query_BHSd, key_BGTd, value_BGTe, mask, scale, cap)
+    key_BGTd, value_BGTe = formed(key_BGTd), formed(value_BGTe)
     batch, heads, queries, _ = query_BHSd.shape
     groups = key_BGTd.shape[1]
     if mask is not None and mask.shape[-1] != key_BGTd.shape[-2]:
         mask = mask[..., : key_BGTd.shape[-2]]
     if cap is not None:
         return _capped(query_BHSd, key_BGTd, value_BGTe, mask, scale, cap).transpose(1, 2)
-    if queries == 1 and (mask is None or mask.shape[1] == 1):  # heads of a group are rows that read the same keys
+    one = queries == 1 and (mask is None or mask.shape[1] == 1)
+    if one and not torch.compiler.is_compiling():  # heads of a group are rows that read the same keys
         rows = query_BHSd.view(batch, groups, heads // groups, -1)
         out = F.scaled_dot_product_attention(rows, key_BGTd, value_BGTe, mask, scale=scale)
         return out.reshape(batch, 1, heads, -1)
-    causal = mask is None and queries > 1
+    causal = bool(mask is None and queries > 1)  # a symbol where the length is dynamic
     out = F.scaled_dot_product_attention(
         query_BHSd, key_BGTd, value_BGTe, mask, is_causal=causal, scale=scale, enable_gqa=heads != groups
     )
@@ -196,5 +230,6 @@ def _capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
     if mask is None:
         queries = scores.shape[-2]
         mask = torch.ones(queries, scores.shape[-1], dtype=torch.bool, device=scores.device).tril()
-    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    return torch.softmax(scores.float(), -1).to(value.dtype) @ value
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+    accurate = torch.promote_types(scores.dtype, torch.float32)
+    return torch.softmax(scores, -1, dtype=accurate).to(value.dtype) @ value

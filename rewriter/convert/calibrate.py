@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import ConversionRefused
@@ -52,16 +53,37 @@ class Calibration:
 
     def second_moments(self, maps: Mapping[str, Tensor], recipe: str) -> dict[str, Tensor]:
         """Σ (W x)(W x)ᵀ over all tokens, in float64, for the matrix [n, C] of each attention path."""
+        return self.moments(maps, {}, recipe)[0]
+
+    def moments(
+        self, maps: Mapping[str, Tensor], squared: Mapping[str, Tensor], recipe: str
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Σ (W x)(W x)ᵀ for the matrices in `maps`, and its diagonal alone for those in `squared`."""
         sums: dict[str, Tensor] = {}
+        squares: dict[str, Tensor] = {}
 
         def see(path: str, hidden: Tensor) -> None:
-            made = (hidden.flatten(0, -2) @ maps[path].to(hidden).t()).double()
+            rows = hidden.flatten(0, -2)
+            made = (rows @ maps[path].to(hidden).t()).double()
             sums[path] = made.t() @ made + sums.get(path, 0)
+            if path in squared:
+                squares[path] = (rows @ squared[path].to(hidden).t()).double().square().sum(0) + squares.get(path, 0)
 
         with torch.no_grad(), hidden_states(self.model, list(maps), see):
-            for rows in self.batches(recipe, "second moments"):
-                self.run(rows)
-        return sums
+            for ids in self.batches(recipe, "second moments"):
+                self.run(ids)
+        return sums, squares
+
+    def loss(self, modules: Mapping[str, nn.Module], recipe: str, what: str, rows: int = 8) -> float:
+        """Mean loss of the next token with `modules` at those paths, on up to `rows` rows spread over the text."""
+        tokens = self.required(recipe)
+        some = replace(self, tokens=tokens[:: -(-len(tokens) // rows)])
+        total = 0.0
+        with torch.no_grad(), put_in(self.model, modules):
+            for ids in some.batches(recipe, what):
+                logits = self.model(input_ids=ids, use_cache=False).logits
+                total += float(F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())) * len(ids)
+        return total / len(some.required(recipe))
 
     def run(self, rows: Tensor) -> None:
         """One forward of the model, without a cache and without logits."""
@@ -72,6 +94,19 @@ def base_of(model: nn.Module) -> nn.Module:
     """The model without its head, where transformers tells them apart: no logits are computed."""
     base = getattr(model, "base_model", model)
     return base if isinstance(base, nn.Module) else model
+
+
+@contextlib.contextmanager
+def put_in(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Other modules at some paths of a model, until the block ends."""
+    own = {path: model.get_submodule(path) for path in modules}
+    try:
+        for path, module in modules.items():
+            model.set_submodule(path, module)
+        yield
+    finally:
+        for path, module in own.items():
+            model.set_submodule(path, module)
 
 
 @contextlib.contextmanager

@@ -1,19 +1,20 @@
 """What a part of a graph computes, by running it: linear maps are read off from unit vectors.
 
-However a projection is spelled (fused, sliced, interleaved, transposed), W = f(I) - f(0) is its matrix, exactly: every
-product with a unit vector is one weight, and the others are zeros.
+However a projection is spelled (fused, sliced, interleaved, transposed), W = f(I) - f(0) is its matrix. With biases set
+to zero it is so exactly: every product with a unit vector is one weight, and the others are zeros.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from .layers import Affine
 
-__all__ = ["Function", "affine_map", "part_of"]
+__all__ = ["Function", "affine_map", "part_of", "without_biases"]
 
 Function = Callable[[Tensor], Tensor]
 
@@ -22,7 +23,7 @@ def part_of(
     gm: fx.GraphModule,
     source: fx.Node,
     target: fx.Node,
-    given: Mapping[fx.Node, Tensor],
+    given: Mapping[fx.Node, Any],
     same: Mapping[fx.Node, fx.Node] | None = None,
 ) -> Function:
     """`target` as a function of `source`; `given` are values of other nodes, the graph's inputs among them.
@@ -52,21 +53,37 @@ def part_of(
     return run
 
 
-def affine_map(function: Function, like: Tensor) -> Affine | None:
+def without_biases(given: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
+    """The same values with zeros for vectors among the parameters."""
+    return {
+        node: torch.zeros_like(value) if isinstance(value, nn.Parameter) and value.ndim == 1 else value
+        for node, value in given.items()
+    }
+
+
+def affine_map(function: Function, unbiased: Function, like: Tensor) -> Affine | None:
     """The matrix and bias of a function of token vectors, [B, S, C] -> [B, S, ...]; None where it is not affine.
 
-    `like` is an input that the function takes; its shape is kept, so that a specialised graph can be run.
+    `unbiased` is the function with its biases set to zero; where other vectors went with them, the function itself is
+    asked. `like` is an input that both take; its shape is kept, so that a specialised graph can be run.
     """
+    for linear in (unbiased, function):
+        if (found := _affine_map(function, linear, like)) is not None:
+            return found
+    return None
+
+
+def _affine_map(function: Function, linear: Function, like: Tensor) -> Affine | None:
     batch, tokens, width = like.shape
     at_once = batch * tokens
-    bias = function(torch.zeros_like(like))[0, 0]
+    bias, own = function(torch.zeros_like(like))[0, 0], linear(torch.zeros_like(like))[0, 0]
     columns = []
     for start in range(0, width, at_once):
         count = min(at_once, width - start)
         units = torch.zeros(at_once, width, dtype=like.dtype, device=like.device)
         units[torch.arange(count), start + torch.arange(count)] = 1
-        made = function(units.view(batch, tokens, width))
-        columns.append(made.flatten(0, 1)[:count] - bias)
+        made = linear(units.view(batch, tokens, width))
+        columns.append(made.flatten(0, 1)[:count] - own)
     weight = torch.cat(columns).movedim(0, -1)
     generator = torch.Generator(like.device).manual_seed(0)
     x = torch.randn(like.shape, generator=generator, device=like.device).to(like.dtype)

@@ -18,14 +18,18 @@ def angles(decoder: Decoder) -> int:
     return sum(widths.values())
 
 
-def even_ranks(decoder: Decoder, share: float) -> list[int]:
-    """The largest rank, the same for all layers, whose latents and angles take at most `share` of the cache's bytes."""
+def even_ranks(decoder: Decoder, share: float, beside: int | None = None) -> list[int]:
+    """The largest rank, the same for all layers, whose latents take at most `share` of the cache's bytes.
+
+    `beside` are the numbers of a token that are kept beside the latents of all layers; None: the angles.
+    """
+    beside = angles(decoder) if beside is None else beside
     if not 0 < share <= 1:
         raise ConversionRefused("share", f"{share} is no share of the cache; give a number above 0, at most 1")
-    room = (share * decoder.cached - angles(decoder)) / len(decoder.layers)
+    room = (share * decoder.cached - beside) / len(decoder.layers)
     rank = int(room + 1e-6)
     if rank < 1:
-        raise ConversionRefused("share", f"{share} of {decoder.cached} numbers leaves no room beside the angles")
+        raise ConversionRefused("share", f"{share} of {decoder.cached} numbers leaves no room beside the positions")
     return [min(rank, layer.cached) for layer in decoder.layers]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,6 +22,7 @@ from ..explain import call_through
 from ..layouts import is_cast, is_tensor, layout_step
 from ..normal_form import normalise
 from ..opening import decompositions
+from ..origins.low_rank import low_rank
 from ..origins.pieces import Norm, Origin, Projection, Reading, Rope, origins
 from ..origins.walk import find_producer
 from ..provenance import module_path
@@ -30,8 +31,9 @@ from ..score_form import ScoreForm, score_form, unusual_weights
 from ..sites import AttentionSite, Operand
 from .attention import CACHES, ConvertedAttention
 from .layers import Affine, AttentionLayer, CallForm, ConversionRefused, Decoder, HeadNormFacts, Rotary
-from .linear_maps import affine_map, part_of
+from .linear_maps import Function, affine_map, part_of, without_biases
 from .norms import read_norm
+from .rotation import turns_of
 
 __all__ = ["probe_tokens", "read_decoder"]
 
@@ -67,6 +69,8 @@ def read_decoder(model: nn.Module, probe: Tensor | None = None) -> Decoder:
         raise ConversionRefused(name, "it is in training mode, where attention may drop weights", "Call model.eval().")
     if any(isinstance(module, ConvertedAttention) for module in model.modules()):
         raise ConversionRefused(name, "it is converted already", "Give all recipes to one call of latent.convert.")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ConversionRefused(name, "it is an encoder with a decoder, which attends to another sequence than its own")
     probe = probe_tokens(model) if probe is None else probe
     found = _Look()
     with torch.no_grad():
@@ -119,15 +123,19 @@ class _Reader:
 
     def layer(self) -> AttentionLayer:
         site, found = self.site, self.origins
+        if (latent := low_rank(site, found=found)) is not None:
+            raise self.refuse(f"its keys and values are made of a latent of {latent.width} numbers already")
         scores, weights = score_form(site), unusual_weights(site)
         if not isinstance(scores, ScoreForm):
             raise self.refuse(scores.reason)
         if weights is not None:
             raise self.refuse(weights.reason)
         if len(site.terms) != 1:
-            raise self.refuse("its scores are a sum of products, as of a model that caches latents already")
+            raise self.refuse("its scores are a sum of several products")
         if scores.sinks or scores.scale_by:
             raise self.refuse("it has learned sinks" if scores.sinks else "its scores are scaled by a tensor")
+        if not scores.masks and not (site.call is not None and (site.call.causal or site.call.mask is not None)):
+            raise self.refuse("its queries see the keys that follow them, as in an encoder")
         scale = scores.scale
         if site.call is not None:
             scale = site.call.scale if isinstance(site.call.scale, float) else size_of(width_of(site)) ** -0.5
@@ -231,16 +239,17 @@ class _Reader:
         axes = self.site.axes
         tokens = axes.queries if which == "query" else axes.keys
         skipped = {node: read for node, (_, read) in self._norms(origin).items()}
-        run = part_of(self.gm, source, operand.node, self.inputs | self._unturned(), skipped)
         layout = self.site.space.resolve_layout(operand.layout)
 
-        def function(x: Tensor) -> Tensor:
-            return _arranged(run(x), layout, (axes.batch, tokens, heads, width))
+        def function(inputs: dict[fx.Node, Any]) -> Function:
+            run = part_of(self.gm, source, operand.node, inputs | self._unturned(), skipped)
+            return lambda x: _arranged(run(x), layout, (axes.batch, tokens, heads, width))
 
         like = source.meta["val"]
         if like.ndim != 3:
             raise self.refuse("its hidden states are not [batch, tokens, width]")
-        found = affine_map(function, torch.empty(tuple(like.shape), dtype=like.dtype, device=like.device))
+        empty = torch.empty(tuple(like.shape), dtype=like.dtype, device=like.device)
+        found = affine_map(function(self.inputs), function(without_biases(self.inputs)), empty)
         if found is None:
             raise self.refuse(f"the {which} is no linear map of the hidden states")
         return found
@@ -251,19 +260,23 @@ class _Reader:
         end = _linear_after(site.output)
         if end is None:
             raise self.refuse("what follows the attention is not a linear layer by itself")
-        run = part_of(self.gm, site.output, end, self.inputs)
         like = site.output.meta["val"]
         heads, width = axes.heads + axes.groups, axes.value_width
         layout = site.space.resolve_layout(site.output_layout)
         count, columns = int(size_of(heads)), int(size_of(width))
         batch, tokens = int(size_of(axes.batch)), int(size_of(axes.queries))
 
-        def function(x: Tensor) -> Tensor:
-            placed = _placed(x, (axes.batch, axes.queries, heads, width), layout)
-            return run(placed.reshape(like.shape)).reshape(batch, tokens, -1)
+        def function(inputs: dict[fx.Node, Any]) -> Function:
+            run = part_of(self.gm, site.output, end, inputs)
+
+            def outputs(x: Tensor) -> Tensor:
+                placed = _placed(x, (axes.batch, axes.queries, heads, width), layout)
+                return run(placed.reshape(like.shape)).reshape(batch, tokens, -1)
+
+            return outputs
 
         empty = torch.empty((batch, tokens, count * columns), dtype=like.dtype, device=like.device)
-        found = affine_map(function, empty)
+        found = affine_map(function(self.inputs), function(without_biases(self.inputs)), empty)
         if found is None:
             raise self.refuse("what follows the attention is no linear map of its heads")
         return Affine(found.weight.view(-1, count, columns), found.bias)
@@ -362,10 +375,13 @@ def _checked(layer: AttentionLayer, call: _Call) -> AttentionLayer:
     wanted = call.output[0] if isinstance(call.output, tuple) else call.output
     tolerance = max(8 * torch.finfo(wanted.dtype).eps, 1e-4)  # parts of a wide model may run in float32
     errors = []
-    for candidate in _spellings(layer):
+    for candidate in _spellings(layer, call.given.get("position_embeddings")):
         made = ConvertedAttention.of(candidate).to(wanted.device)
-        with torch.no_grad():
-            found = made(**call.given)
+        try:
+            with torch.no_grad():
+                found = made(**call.given)
+        except RuntimeError:  # angles of another width
+            continue
         found = found[0] if isinstance(found, tuple) else found
         if found.shape != wanted.shape:
             break
@@ -376,12 +392,14 @@ def _checked(layer: AttentionLayer, call: _Call) -> AttentionLayer:
     raise ConversionRefused(layer.path, f"it computes something besides what was read from its graph{nearest}")
 
 
-def _spellings(layer: AttentionLayer) -> list[AttentionLayer]:
-    """The ways in which a model may hand on its angles; the probe tells which one it is."""
+def _spellings(layer: AttentionLayer, angles: object) -> list[AttentionLayer]:
+    """The ways in which the model may have handed on its angles; the probe tells which one it was."""
     if layer.rotary is None:
         return [layer]
-    ways = ("halves", "pairs", "once")
-    return [replace(layer, rotary=replace(layer.rotary, given=way)) for way in ways]  # type: ignore[arg-type]
+    ways: tuple[Literal["halves", "pairs", "once"], ...] = ("halves", "pairs", "once")
+    rotaries = [replace(layer.rotary, given=way) for way in ways]
+    fitting = [rotary for rotary in rotaries if 2 * turns_of(angles, rotary)[0].shape[-1] == rotary.width]
+    return [replace(layer, rotary=rotary) for rotary in fitting]
 
 
 def _refuse_sharing(model: nn.Module, layers: Sequence[AttentionLayer]) -> None:

@@ -21,9 +21,9 @@ __all__ = [
     "Results",
     "Sample",
     "Score",
+    "draw",
     "evaluate",
     "evaluate_original",
-    "material",
     "references",
 ]
 
@@ -140,7 +140,7 @@ class Results:
         }
 
 
-def material(tokenizer: Any, texts: Sequence[Text], protocol: Protocol) -> Material:
+def draw(tokenizer: Any, texts: Sequence[Text], protocol: Protocol) -> Material:
     """Draw the windows. Raises TextError."""
     samples = tuple(
         Sample(text.name, text.digest, scored_tokens(tokenizer, text, protocol.windows, protocol.length, protocol.seed))

@@ -12,7 +12,7 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ from latent.rewriter.evaluate.evaluation import (
     Evaluation,
     Material,
     Protocol,
+    draw,
     evaluate,
     evaluate_original,
-    material,
     references,
 )
 from latent.rewriter.evaluate.forward import CacheOf
@@ -65,18 +65,60 @@ def half_cache(model: Any) -> Any:
     return cache
 
 
-METHODS: tuple[Method, ...] = (Method("bfloat16 cache", cache_of=half_cache, calibrated=False),)
+class WindowLayer(DynamicLayer):  # type: ignore[misc]
+    """The first tokens and the last ones, the same of every head: what plans of spans have to beat.
+
+    Keys are kept with their rotation, so that the tokens keep their distances.
+    """
+
+    sinks = 4
+
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self.window, self.total = window, 0
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen = super().update(keys, values, *args, **kwargs)
+        self.total += keys.shape[-2]
+        if seen[0].shape[-2] > self.sinks + self.window:
+            kept = (torch.cat([t[..., : self.sinks, :], t[..., -self.window :, :]], dim=-2) for t in seen)
+            self.keys, self.values = kept
+        return seen
+
+    def get_seq_length(self) -> int:
+        return self.total
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        held = self.keys.shape[-2] if self.is_initialized else 0
+        return held + query_length, self.total - held
+
+
+def window_cache(window: int) -> CacheOf:
+    def make(model: Any) -> Any:
+        cache = DynamicCache(config=model.config)
+        cache.layers = [WindowLayer(window) for _ in cache.layers]
+        return cache
+
+    return make
+
+
+METHODS: tuple[Method, ...] = (
+    Method("bfloat16 cache", cache_of=half_cache, calibrated=False),
+    Method("window of 252", cache_of=window_cache(252), calibrated=False),
+    Method("window of 124", cache_of=window_cache(124), calibrated=False),
+)
 
 
 def main(methods: Sequence[Method] = METHODS) -> None:
     given = _arguments(methods)
     folder = str(given.folder or smollm2_folder())
-    protocol = Protocol(tokens=given.tokens, gaps=tuple(given.gap), lengths=tuple(given.filled))
+    lengths = sorted({given.length, *given.filled})
+    protocol = Protocol(given.tokens, given.length, given.prefix, given.call, tuple(given.gap), lengths=tuple(lengths))
     tokenizer = load_tokenizer(Path(folder))
-    drawn = material(tokenizer, [read_text(name) for name in DEFAULT_TEXTS], protocol)
+    drawn = draw(tokenizer, [read_text(name) for name in DEFAULT_TEXTS], protocol)
     calibrating = [read_text(name) for name in given.calibrate]
     settings = {
-        "tokens": given.tokens,
+        "protocol": asdict(protocol),
         "calibrate": given.calibrate,
         "windows": given.windows,
         "texts": {sample.text: sample.digest for sample in drawn.samples},
@@ -121,18 +163,18 @@ class Runs:
     """What was measured with these settings, in memory and in a file of a line for each run."""
 
     def __init__(self, file: Path, settings: dict[str, Any]) -> None:
-        self.file, self.settings = file, settings
+        self.file, self.settings = file, json.loads(json.dumps(settings))
         lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-        self.found: list[dict[str, Any]] = [line for line in lines if line["settings"] == settings]
+        self.found: list[dict[str, Any]] = [line for line in lines if line["settings"] == self.settings]
 
     def missing(self, method: str, seed: int) -> bool:
         return all((run["name"], run["seed"]) != (method, seed) for run in self.found)
 
     def add(self, method: str, seed: int, evaluation: Evaluation) -> None:
-        run = {"settings": self.settings, "seed": seed, **evaluation.to_dict()}
-        self.found.append(json.loads(json.dumps(run)))
+        text = json.dumps({"settings": self.settings, "seed": seed, **evaluation.to_dict()})
+        self.found.append(json.loads(text))
         with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(run) + "\n")
+            file.write(text + "\n")
 
 
 def table(runs: Sequence[dict[str, Any]]) -> str:
@@ -176,8 +218,9 @@ def line(same: Sequence[dict[str, Any]]) -> tuple[str, ...]:
 
 
 def held(same: Sequence[dict[str, Any]]) -> float:
-    """Bytes per token of the fullest cache."""
-    return statistics.mean(run["decodings"][-1]["bytes_per_token"] for run in same)
+    """Bytes per token of a cache with as many tokens as a scored window has: some methods hold less of longer ones."""
+    length = same[0]["settings"]["protocol"]["length"]
+    return statistics.mean(d["bytes_per_token"] for run in same for d in run["decodings"] if d["tokens"] == length)
 
 
 def values(same: Sequence[dict[str, Any]], text: int, what: str, which: str) -> list[float]:
@@ -197,6 +240,9 @@ def _arguments(methods: Sequence[Method]) -> argparse.Namespace:
     options.add_argument("--folder", help="another model than SmolLM2")
     options.add_argument("--method", action="append", default=[], choices=[m.name for m in methods])
     options.add_argument("--tokens", type=int, default=20_000, help="scored of each text")
+    options.add_argument("--length", type=int, default=512, help="tokens of a window, and of the caches compared")
+    options.add_argument("--prefix", type=int, default=128, help="tokens that are read in one call, and not scored")
+    options.add_argument("--call", type=int, default=32, help="scored tokens of a call")
     options.add_argument("--seeds", type=int, default=3, help="draws of calibration text")
     options.add_argument("--calibrate", nargs="+", default=[DEFAULT_TEXTS[0]], help="texts; several are mixed")
     options.add_argument("--windows", type=int, default=48, help="of 256 tokens, to calibrate on")

@@ -1,0 +1,220 @@
+"""xKV: layers of a group share one factor of their tokens; each layer rebuilds its keys and values from it.
+
+    X = [X_1 | ... | X_n]  ≈  A [B_1 | ... | B_n]     A = X Bᵀ [T, r]     B = the r leading eigenvectors of XᵀX
+
+for the keys before rope, and for the values, without their biases. The error is the energy of the singular values that
+were left out. Neighbouring layers say much the same of a token, so n layers need less than n times the rank of one.
+From the prompt, B is the best there is for it, at the price of being kept with it: r·n·Gd numbers, as many as n·Gd more
+tokens take. From calibration text, B is part of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...rewriter.convert.attention import ConvertedAttention
+from ...rewriter.convert.calibrate import Calibration
+from ...rewriter.convert.factored import Factored
+from ...rewriter.convert.layer_groups import cross_moments, even_groups, given_groups, similar_groups
+from ...rewriter.convert.layers import AttentionLayer, ConversionRefused, Decoder, Rotary
+from ...rewriter.convert.memory import FullMemory, Memory, heads_of
+from ...rewriter.convert.rank import angles
+from ...rewriter.convert.recipe import Needs, part, recipe
+from ...rewriter.convert.rotation import Turns
+
+__all__ = ["CrossLayerMemory", "CrossLayerSVD", "cached_numbers"]
+
+
+@recipe
+@dataclass(frozen=True)
+class CrossLayerSVD:
+    """Compress keys and values of groups of layers together, by a singular value decomposition of the prompt's.
+
+    `group` layers each, the last group may be short; `groups="similar"` moves the borders to where layers differ on
+    calibration text, and tuples of layers are taken as they are, with the layers that they leave out unchanged.
+    `rank_key` and `rank_value` are for one layer, a group of n has n times that; without them, the ranks (2 to 3) take
+    `share` of the bytes of a prompt of `length` tokens. With `bases="calibrated"` the bases are learned from text, and
+    new tokens are compressed too. A prompt of fewer than `least` tokens, 4 n G d if not given, is left uncompressed.
+    """
+
+    group: int = 4
+    groups: Literal["even", "similar"] | tuple[tuple[int, ...], ...] = "even"
+    rank_key: int | None = None
+    rank_value: int | None = None
+    share: float = 0.5
+    length: int = 4096
+    bases: Literal["prompt", "calibrated"] = "prompt"
+    least: int | None = None
+
+    name: ClassVar[str] = "cross_layer_svd"
+    needs: ClassVar[Needs] = "nothing"
+    exact: ClassVar[str] = "at ranks G d and G e; the first token after a prompt at any rank"
+
+    def convert(self, attentions: Sequence[ConvertedAttention], decoder: Decoder, calibration: Calibration) -> None:
+        """Put a CrossLayerMemory into every attention of a group. Raises ConversionRefused."""
+        groups = self._groups(decoder, calibration)
+        key, value = self._ranks(decoder, groups)
+        bases = _bases(decoder, groups, (key, value), calibration) if self.bases == "calibrated" else {}
+        for group in groups:
+            layers = [decoder.layers[index] for index in group]
+            ranks = group_ranks(layers, key, value)
+            least = 4 * sum(layer.groups * layer.key_width for layer in layers) if self.least is None else self.least
+            for index, layer in zip(group, layers, strict=True):
+                memory = CrossLayerMemory.of(layer, group, ranks, least, bases.get(index))
+                attentions[index].replace_memory(memory, self.name)
+
+    def _groups(self, decoder: Decoder, calibration: Calibration) -> list[tuple[int, ...]]:
+        count = len(decoder.layers)
+        if not isinstance(self.groups, str):
+            return given_groups(self.groups, count)
+        if self.group < 1:
+            raise ConversionRefused("group", f"{self.group} layers are no group; give 1 or more")
+        if self.groups == "similar":
+            return similar_groups(decoder, calibration, self.group, self.name)
+        return even_groups(count, self.group)
+
+    def _ranks(self, decoder: Decoder, groups: Sequence[Sequence[int]]) -> tuple[int, int]:
+        if self.rank_key is not None and self.rank_value is not None:
+            if min(self.rank_key, self.rank_value) < 1:
+                raise ConversionRefused("rank", "a rank below 1 keeps nothing")
+            return self.rank_key, self.rank_value
+        if self.rank_key is not None or self.rank_value is not None:
+            raise ConversionRefused("rank", "give both rank_key and rank_value, or neither")
+        if not 0 < self.share <= 1:
+            raise ConversionRefused("share", f"{self.share} is no share of the cache; give one above 0, at most 1")
+        room, found = self.share * decoder.cached * self.length, (0, 0)
+        for unit in range(1, max(max(layer.groups * layer.key_width for layer in decoder.layers), 2)):
+            ranks = (unit, -(-3 * unit // 2))
+            if cached_numbers(decoder, groups, ranks, self.length, self.bases == "prompt") > room:
+                break
+            found = ranks
+        if found == (0, 0):
+            raise ConversionRefused(
+                "share",
+                f"{self.share} of the bytes of {self.length} tokens leaves no room for bases and angles",
+                "Give a larger share, a longer prompt or smaller groups.",
+            )
+        return found
+
+
+def group_ranks(layers: Sequence[AttentionLayer], key: int, value: int) -> tuple[int, int]:
+    """Ranks of a group's keys and values, from those of one layer."""
+    widths = [sum(layer.groups * w for layer, w in zip(layers, of, strict=True)) for of in _widths(layers)]
+    return min(key * len(layers), widths[0]), min(value * len(layers), widths[1])
+
+
+def _widths(layers: Sequence[AttentionLayer]) -> tuple[list[int], list[int]]:
+    return [layer.key_width for layer in layers], [layer.value_width for layer in layers]
+
+
+def cached_numbers(
+    decoder: Decoder, groups: Sequence[Sequence[int]], ranks: tuple[int, int], tokens: int, kept_bases: bool = True
+) -> int:
+    """Numbers that are kept for a prompt of so many tokens: factors, bases if they are its own, angles."""
+    total = angles(decoder) * tokens
+    for group in groups:
+        layers = [decoder.layers[index] for index in group]
+        total -= tokens * sum(layer.cached for layer in layers)
+        for rank, width in zip(group_ranks(layers, *ranks), _widths(layers), strict=True):
+            columns = sum(layer.groups * w for layer, w in zip(layers, width, strict=True))
+            total += min(rank, tokens) * (tokens + columns * kept_bases)
+    return total + tokens * decoder.cached
+
+
+def _bases(
+    decoder: Decoder, groups: Sequence[Sequence[int]], ranks: tuple[int, int], calibration: Calibration
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """The bases [r, G d] and [r, G e] of every layer, from calibration text."""
+    from ...rewriter.convert.factor_layers import leading
+
+    found: dict[int, list[Tensor]] = {}
+    moments = cross_moments(decoder, groups, calibration, CrossLayerSVD.name)
+    for group, pair in zip(groups, moments, strict=True):
+        layers = [decoder.layers[index] for index in group]
+        for moment, rank, widths in zip(pair, group_ranks(layers, *ranks), _widths(layers), strict=True):
+            columns = [layer.groups * width for layer, width in zip(layers, widths, strict=True)]
+            for index, basis in zip(group, leading(moment, rank).split(columns, -1), strict=True):
+                found.setdefault(index, []).append(basis.to(decoder.dtype).contiguous())
+    return {index: (pair[0], pair[1]) for index, pair in found.items()}
+
+
+@part
+class CrossLayerMemory(Memory):
+    """k = turn(W_k x + b_k);  v = W_v x + b_v, of which a cache keeps what is said above."""
+
+    turns_late: ClassVar[bool] = True
+
+    basis_key: Tensor
+    basis_value: Tensor
+
+    def __init__(
+        self,
+        rotary: Rotary | None,
+        full: dict[str, Any],
+        members: Sequence[int],
+        ranks: Sequence[int],
+        least: int,
+        calibrated: bool,
+    ) -> None:
+        super().__init__(rotary)
+        self.full = FullMemory(**full, rotary=rotary)
+        self.members, self.ranks, self.least, self.calibrated = tuple(members), (ranks[0], ranks[1]), least, calibrated
+        if calibrated:
+            self.register_buffer("basis_key", self.full.key.weight.new_empty(ranks[0], self.full.key.out_features))
+            self.register_buffer(
+                "basis_value", self.full.value.weight.new_empty(ranks[1], self.full.value.out_features)
+            )
+
+    @classmethod
+    def of(
+        cls,
+        layer: AttentionLayer,
+        members: Sequence[int],
+        ranks: tuple[int, int],
+        least: int,
+        bases: tuple[Tensor, Tensor] | None,
+    ) -> CrossLayerMemory:
+        full = FullMemory.of(layer)
+        with torch.device("meta"):
+            made = cls(layer.rotary, full.settings(), members, ranks, least, bases is not None)
+        made.full = full
+        if bases is not None:
+            made.basis_key, made.basis_value = bases
+        return made
+
+    def settings(self) -> dict[str, object]:
+        return {
+            "full": self.full.settings(),
+            "members": list(self.members),
+            "ranks": list(self.ranks),
+            "least": self.least,
+            "calibrated": self.calibrated,
+        }
+
+    def new(self, hidden: Tensor, turns: Turns | None) -> tuple[Tensor, Tensor]:
+        key, value = (nn.functional.linear(hidden, linear.weight) for linear in (self.full.key, self.full.value))
+        return heads_of(key, self.full.groups), heads_of(value, self.full.groups)
+
+    def read(self, first: Any, second: Any, turns: Turns | None) -> tuple[Any, Any]:
+        key, value = self.full.key.bias, self.full.value.bias
+        if isinstance(first, Factored):
+            return replace(first, bias=key, turns=turns, rotary=self.rotary), replace(second, bias=value)
+        if turns is not None:  # a fixed cache holds angles of tokens to come
+            turns = (turns[0][:, : first.shape[2]], turns[1][:, : first.shape[2]])
+        return self.turned(_plus(first, key), turns), _plus(second, value)
+
+    def cache_layer(self, make: Callable[[], Any]) -> Any:
+        from ...rewriter.convert.factor_layers import CalibratedLayer, PromptLayer
+
+        if self.calibrated:
+            return CalibratedLayer(self.members, make, (self.basis_key, self.basis_value))
+        return PromptLayer(self.members, make, self.ranks, self.least)
+
+
+def _plus(x_BNTw: Tensor, bias: Tensor | None) -> Tensor:
+    return x_BNTw if bias is None else x_BNTw + bias.view(x_BNTw.shape[1], 1, -1)
