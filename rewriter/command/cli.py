@@ -30,12 +30,15 @@ from .common import (
     stdout_is_for_us,
 )
 from .console import progress, show, table
+from .convert import SETTINGS as _OF_RECIPES
+from .convert import convert
 from .diff import diff
 from .dump import dump
 from .eval import evaluate
 from .explain import explain
 from .masks import masks
 from .mlir import mlir
+from .recipe_flags import recipes
 from .report import report
 from .rules import patterns, rewrites
 
@@ -163,6 +166,8 @@ def env(as_json: Json = False) -> None:
 for command in (explain, report, dump, diff, masks, bench, bisect, mlir, env, demo):
     app.command()(command)
 app.command(name="eval")(evaluate)
+app.command(context_settings=_OF_RECIPES)(convert)
+app.command()(recipes)
 app.add_typer(rewrites, name="rewrites")
 app.add_typer(patterns, name="patterns")
 

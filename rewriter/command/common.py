@@ -46,7 +46,10 @@ __all__ = [
 ]
 
 ERROR, USAGE, EXPECTATION = 1, 2, 3
-IN_WORDS = ("TargetError", "DemoError", "BisectionError", "MlirError", "TextError", "PlanError")
+IN_WORDS = (
+    *("TargetError", "DemoError", "BisectionError", "MlirError", "TextError", "PlanError"),
+    *("ConversionError", "ConversionRefused"),
+)
 """Exceptions whose text says all; by name, because their modules import torch."""
 
 
