@@ -66,10 +66,10 @@ def masks(
         plt = _matplotlib() if out is not None and out.suffix != ".txt" else None
         plan = plan_of_target(target)
         if plan is not None:
-            classes, notes = plan_classes(plan, layer, length), (f"span plan, {len(plan.layers)} layers",)
+            classes, notes = plan_classes(plan, layer, length), [f"span plan, {len(plan.layers)} layers"]
         else:
             found = load(target, from_config, phase, length, attention)
-            classes, notes = _classes(found, layer, head), found.notes
+            classes, notes = _classes(found, layer, head), list(found.notes)
         text = "\n\n".join(_picture(same, head) for same in classes) or "no attention was found"
         if plt is not None and out is not None:
             _draw(plt, classes, head, out)

@@ -193,6 +193,7 @@ class FixedSpans(SpanLayer):
 
     is_compileable = True
     is_croppable = False
+    cumulative_length: Tensor
 
     def __init__(self, classes: Classes, max_length: int) -> None:
         super().__init__(classes)
@@ -219,7 +220,7 @@ class FixedSpans(SpanLayer):
             key, value = (x.new_zeros(x.shape[0], heads, kept + ring, x.shape[3]) for x in (key_states, value_states))
             self.buffers.append((key, value))
         if not torch.compiler.is_compiling():
-            for tensor in (*(t for pair in self.buffers for t in pair), self._start, self.cumulative_length):
+            for tensor in self._tensors():
                 mark_static_address(tensor)
 
     def update(  # type: ignore[override]
@@ -278,12 +279,15 @@ class FixedSpans(SpanLayer):
         slots = span.token(torch.arange(kept, device=self.device))[None].expand(len(newest), -1)
         return torch.cat((slots, newest), 1) if kept else newest
 
+    def _tensors(self) -> list[Tensor]:
+        return [*(tensor for pair in self.buffers for tensor in pair), self._start, self.cumulative_length]
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         self.buffers = [(change(key), change(value)) for key, value in self.buffers]
 
     def reset(self) -> None:
         if self.is_initialized:
-            for tensor in (*(t for pair in self.buffers for t in pair), self._start, self.cumulative_length):
+            for tensor in self._tensors():
                 tensor.zero_()
 
     def crop(self, tokens_to_remove: int) -> None:
