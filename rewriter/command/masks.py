@@ -120,7 +120,7 @@ def _title(same: list[EffectiveMask], head: int) -> tuple[str, str]:
         queries, keys = mask.visible.shape
         facts.append(f"{queries} × {keys}")
         facts.append(f"{100 * float(mask.visible.float().mean()):.0f} % visible")
-    return f"{place}   {mask.line}", " · ".join(facts)
+    return f"{place}   {mask.line}".rstrip(), " · ".join(facts)
 
 
 def _picture(same: list[EffectiveMask], head: int) -> str:

@@ -64,8 +64,12 @@ def allocate(
     seconds: float = 60,
 ) -> Allocation:
     """The plan of least cost. `costs` [key heads, choices] of each layer. Raises ConversionRefused."""
-    from scipy.optimize import Bounds, milp
-
+    try:
+        from scipy.optimize import Bounds, milp
+    except ImportError as error:
+        raise ConversionRefused(
+            "density", "choosing spans needs scipy", 'Install it with: pip install "torch-latent[convert]"'
+        ) from error
     groups = [len(cost) for cost in costs]
     heads, count = sum(groups), len(choices)
     flat = [value for cost in costs for value in cost.flatten().tolist()]
