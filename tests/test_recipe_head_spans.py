@@ -308,6 +308,9 @@ def test_caches_start_again_and_forget_only_what_they_can(length: int | None) ->
         cache.crop(-4)
     cache.reset()
     close(by_steps(made, ids(), cache, [40]), wanted)
+    if length is not None:
+        with pytest.raises(ValueError, match="60 \\+ 5 tokens are more than max_length=64"):
+            by_steps(made, ids(2, 65), latent.LatentCache(made, 64), [60, 5])
 
 
 def test_a_saved_model_loads_as_it_was(tmp_path: Path) -> None:
