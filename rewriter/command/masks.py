@@ -67,10 +67,10 @@ def masks(
         plt = _matplotlib() if out is not None and out.suffix != ".txt" else None
         plan = plan_of_target(target)
         if plan is not None:
-            classes, notes = plan_classes(plan, layer, length), (f"span plan, {len(plan.layers)} layers",)
+            classes, notes = plan_classes(plan, layer, length), [f"span plan, {len(plan.layers)} layers"]
         else:
             found = load(target, HFChoices(from_config, phase.value, length, attention.value if attention else None))
-            classes, notes = _classes(found, layer, head), found.notes
+            classes, notes = _classes(found, layer, head), list(found.notes)
         text = "\n\n".join(_picture(same, head) for same in classes) or "no attention was found"
         if plt is not None and out is not None:
             _draw(plt, classes, head, out)
@@ -121,7 +121,7 @@ def _title(same: list[EffectiveMask], head: int) -> tuple[str, str]:
         queries, keys = mask.visible.shape
         facts.append(f"{queries} × {keys}")
         facts.append(f"{100 * float(mask.visible.float().mean()):.0f} % visible")
-    return f"{place}   {mask.line}", " · ".join(facts)
+    return f"{place}   {mask.line}".rstrip(), " · ".join(facts)
 
 
 def _picture(same: list[EffectiveMask], head: int) -> str:
