@@ -117,16 +117,18 @@ for name, body in (
     torch.library.impl(f"latent::{name}", "CompositeExplicitAutograd", body)
 
 
-@torch.library.register_fake("latent::rows_of_heads")
 def _rows_shape(x: Tensor, weight: Tensor, bias: Tensor | None, heads: Tensor, width: int) -> Tensor:
     return x.new_empty(heads.shape[0], width)
 
 
-@torch.library.register_fake("latent::attend_picked")
 def _attend_shape(query: Tensor, heads: Tensor, total: int, key: Tensor, value: Tensor, *_: object) -> Tensor:
     return query.new_empty(heads.shape[0], value.shape[-1])
 
 
-@torch.library.register_fake("latent::columns_of_heads")
 def _columns_shape(x: Tensor, weight: Tensor, bias: Tensor | None, heads: Tensor, width: int) -> Tensor:
     return x.new_empty(weight.shape[0])
+
+
+torch.library.register_fake("latent::rows_of_heads", _rows_shape)
+torch.library.register_fake("latent::attend_picked", _attend_shape)
+torch.library.register_fake("latent::columns_of_heads", _columns_shape)

@@ -435,7 +435,7 @@ def is_opened_while_compiling(target: object, gradients: bool) -> bool:
     if not isinstance(target, OpOverload) or target.namespace in ("aten", "prims", "latent"):
         return False
     keys = ["CompositeImplicitAutograd", *(["Autograd"] if gradients else [])]
-    name: str = target.name()  # type: ignore[no-untyped-call]
+    name: str = target.name()
     return any(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in keys)  # 2.13
 
 

@@ -54,11 +54,11 @@ def _graph(
         elif node not in placed and all(read in placed for read in node.all_input_nodes):
             if node.op == "get_attr":
                 setattr(constants, str(node.target), getattr(node.graph.owning_module, str(node.target)))
-            placed[node] = graph.node_copy(node, placed.__getitem__)  # type: ignore[arg-type]
+            placed[node] = graph.node_copy(node, placed.__getitem__)
     graph.output(placed[result])
     graph.eliminate_dead_code()
     gm = fx.GraphModule(constants, graph)
-    FakeTensorProp(gm, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*inputs)  # type: ignore[no-untyped-call]
+    FakeTensorProp(gm, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*inputs)
     return gm
 
 

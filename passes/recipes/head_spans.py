@@ -110,7 +110,7 @@ def _refuse_future(model: nn.Module) -> None:
 
 
 def _logits(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]  # type: ignore[no-any-return]
+    return output if isinstance(output, Tensor) else output[0]
 
 
 def permute_heads(attention: ConvertedAttention, order: Sequence[int]) -> None:
@@ -130,7 +130,7 @@ def permute_heads(attention: ConvertedAttention, order: Sequence[int]) -> None:
 
 
 def _reordered(x: Tensor, order: Sequence[int], groups: int) -> Tensor:
-    return x.unflatten(0, (groups, -1))[list(order)].flatten(0, 1)
+    return x.view(groups, -1, *x.shape[1:])[list(order)].flatten(0, 1)
 
 
 @part

@@ -93,7 +93,8 @@ def weighing(layer: AttentionLayer, query_squares: Tensor) -> Tensor:
     energy, vectors = torch.linalg.eigh(grams)
     roots = energy.clamp_min(1e-8 * float(energy.max())).sqrt()
     keys = felt.flatten().clamp_min(1e-8 * float(felt.max())).sqrt()
-    return torch.block_diag(torch.diag(keys), *(vectors * roots[:, None]) @ vectors.mT)
+    blocks: Tensor = torch.block_diag(torch.diag(keys), *(vectors * roots[:, None]) @ vectors.mT)
+    return blocks
 
 
 def basis(moment: Tensor, keys: int, balance: bool = True) -> tuple[Tensor, Tensor, float]:

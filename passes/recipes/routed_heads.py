@@ -163,7 +163,8 @@ class HeadRouter(HeadGate):
         if skips and hidden.shape[:2] == (1, 1) and not torch.is_grad_enabled():
             return self.one_token(attention, hidden, weights, picked, turns, mask, past)
         heads = attention.attention(hidden, turns, mask, past).unflatten(-1, (len(self.order), -1))
-        return attention.output((heads * weights.unsqueeze(-1)).flatten(2))
+        output: Tensor = attention.output((heads * weights.unsqueeze(-1)).flatten(2))
+        return output
 
     def weights(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The weight of each head, [B, S, H], 0 where it is skipped; and which routed heads are picked, [B, S, k]."""

@@ -175,7 +175,7 @@ class SeparateMemory(Memory):
 
     def _of_groups(self, x_BNTw: Tensor) -> Tensor:
         """[B, blocks, T, heads of a block · d] -> [B, G, T, d]."""
-        split = x_BNTw.unflatten(-1, (self.groups // self.blocks, -1))
+        split: Tensor = x_BNTw.unflatten(-1, (self.groups // self.blocks, -1))
         return split.transpose(2, 3).flatten(1, 2)
 
 

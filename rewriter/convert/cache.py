@@ -23,7 +23,7 @@ from .rotation import Turns
 __all__ = ["FixedLayer", "GrowingLayer", "LatentCache"]
 
 
-class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class GrowingLayer(DynamicLayer):
     """Rows of any widths, joined to those of earlier calls."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -33,7 +33,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         _refuse_other_rows(self, key_states, value_states)
-        return super().update(key_states, value_states)  # type: ignore[no-any-return]
+        return super().update(key_states, value_states)
 
     def get_seq_length(self) -> int:
         return int(self.keys.shape[-2]) if self.keys is not None else 0
@@ -42,14 +42,14 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return [t for t in (self.keys, self.values) if t is not None]
 
 
-class FixedLayer(StaticLayer):  # type: ignore[no-untyped-call]
+class FixedLayer(StaticLayer):
     """Rows of any widths in buffers that are written in place."""
 
     is_croppable = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         _refuse_other_rows(self, key_states, value_states)
-        return super().update(key_states, value_states)  # type: ignore[no-any-return]
+        return super().update(key_states, value_states)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens, given as a negative number as for other layers; their rows are written over."""

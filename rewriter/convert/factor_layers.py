@@ -36,7 +36,7 @@ def flat_rows(x_BNTw: Tensor) -> Tensor:
 
 def leading(moment: Tensor, rank: int) -> Tensor:
     """The `rank` leading eigenvectors of second moments [..., n, n] as rows, [..., rank, n]."""
-    vectors = torch.linalg.eigh(moment).eigenvectors
+    vectors: Tensor = torch.linalg.eigh(moment).eigenvectors
     return vectors[..., -rank:].flip(-1).transpose(-1, -2).contiguous()
 
 
@@ -48,7 +48,7 @@ class FactorLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, members: Sequence[int], make: Callable[[], Any]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.members, self.make = tuple(members), make
         self.max_length: int | None = getattr(make(), "max_cache_len", None)
         self.is_compileable = self.max_length is not None
@@ -208,7 +208,7 @@ class PromptLayer(FactorLayer):
         length = self.waiting[0].shape[-2]
         self.bases, self.waiting = bases, None
         if self.max_length is not None:
-            self.tail = FixedLayer(self.max_length - length)  # type: ignore[no-untyped-call]
+            self.tail = FixedLayer(self.max_length - length)
         if tokens is not None:
             self.tokens = GrowingLayer()  # type: ignore[no-untyped-call]
             self.tokens.update(*(x.unsqueeze(1) for x in tokens))
@@ -222,7 +222,7 @@ class PromptLayer(FactorLayer):
     def _compressed(self) -> int:
         if self.waiting is not None:
             return int(self.waiting[0].shape[-2])
-        return self.leader.tokens.get_seq_length() if self.bases is not None else 0  # type: ignore[no-any-return]
+        return self.leader.tokens.get_seq_length() if self.bases is not None else 0
 
     def get_seq_length(self) -> Any:
         return self._compressed() + self.tail.get_seq_length()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .layers import Rotary
+from .memory import heads_of
 from .rotation import Turns, rotate
 
 __all__ = ["BLOCK", "Factored", "attend_to_factors", "formed"]
@@ -67,10 +68,11 @@ class Factored:
         seen_BGnr = (past.reshape(batch, groups * repeats, -1) @ self.token).view(batch, groups, repeats, -1)
         basis_BGrw = self.basis.unflatten(-1, (groups, -1)).transpose(1, 2)
         out = seen_BGnr @ basis_BGrw + own @ self.exact
-        return out if self.bias is None else out + self.bias.view(groups, 1, -1)
+        made: Tensor = out if self.bias is None else out + self.bias.view(groups, 1, -1)
+        return made
 
     def _formed(self, token: Tensor) -> Tensor:
-        return (token @ self.basis).unflatten(-1, (self.exact.shape[1], -1)).transpose(1, 2)
+        return heads_of(token @ self.basis, self.exact.shape[1])
 
     def _done(self, x_BNTw: Tensor, start: int) -> Tensor:
         """With bias and turned; the first of x is token `start`."""

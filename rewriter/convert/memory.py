@@ -117,4 +117,5 @@ def unturned_keys(hidden: Tensor, key: Affine | nn.Linear, norm: HeadNorm | None
     if norm is None:
         return heads_of(nn.functional.linear(hidden, weight), groups)
     bias = key.bias if key.bias is None else key.bias.flatten()
-    return norm(heads_of(nn.functional.linear(hidden, weight, bias), groups))
+    normed: Tensor = norm(heads_of(nn.functional.linear(hidden, weight, bias), groups))
+    return normed

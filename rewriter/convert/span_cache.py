@@ -48,7 +48,7 @@ class SpanLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, classes: Classes) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.classes = tuple(classes)
         self.start: Tensor | None = None
 
@@ -84,7 +84,7 @@ class SpanLayer(CacheLayerMixin):
             self.batch_size = len(self.start)
             self._map(change)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:  # type: ignore[override]
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map_if_any(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:

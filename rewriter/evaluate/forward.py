@@ -64,7 +64,8 @@ def uncounted(what: str, total: int) -> Iterator[Callable[[], object]]:
 
 def batches(tokens: Tensor) -> tuple[Tensor, ...]:
     """[N, L] in parts of a few windows."""
-    return tokens.split(max(1, BATCH_TOKENS // tokens.shape[1]))
+    parts: tuple[Tensor, ...] = tokens.split(max(1, BATCH_TOKENS // tokens.shape[1]))
+    return parts
 
 
 def call(model: Any, ids: Tensor, rows: Tensor | None = None, cache: Any = None) -> Any:

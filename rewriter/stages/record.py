@@ -168,7 +168,7 @@ def target_text(target: Any) -> str:
     if isinstance(target, OpOverload):
         return f"torch.ops.{target}"
     if isinstance(target, HigherOrderOperator):
-        name: str = target.name()  # type: ignore[no-untyped-call]
+        name: str = target.name()
         return f"torch.ops.higher_order.{name}"
     name = getattr(target, "__qualname__", getattr(target, "__name__", str(target)))
     if target in symbolic_functions():
