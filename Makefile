@@ -10,7 +10,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e ".[hf,report,dev]"
+	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e ".[hf,report,convert,dev]"
 	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e ".[mlir]" \
 		|| echo "torch-mlir has no build for this Python: its tests are skipped"
 	touch $@

@@ -10,12 +10,18 @@ from typing import TYPE_CHECKING, Any
 from .rewriter.registry import pattern, rewrite
 
 if TYPE_CHECKING:
-    from .passes.recipes.routed_heads import balance_loss
+    from .passes.recipes.cross_layer_svd import CrossLayerSVD
+    from .passes.recipes.head_spans import HeadSpans
+    from .passes.recipes.joint_latent import JointLatent
+    from .passes.recipes.routed_heads import RoutedHeads, balance_loss
+    from .passes.recipes.separate_latent import SeparateLatent
+    from .passes.recipes.transmla import TransMLA
+    from .passes.recipes.weight_svd import WeightSVD
     from .rewriter.convert.cache import LatentCache
     from .rewriter.convert.convert import convert
     from .rewriter.convert.recipe import recipes
     from .rewriter.convert.store import load
-    from .rewriter.custom import check as testing
+    from .rewriter.custom import testing
     from .rewriter.custom.replacement import replace
     from .rewriter.explain import check, explain
     from .rewriter.history import reports
@@ -24,10 +30,17 @@ if TYPE_CHECKING:
     from .rewriter.report import Report
 
 __all__ = [
+    "CrossLayerSVD",
     "ExpectationFailed",
+    "HeadSpans",
+    "JointLatent",
     "LatentCache",
     "OptionError",
     "Report",
+    "RoutedHeads",
+    "SeparateLatent",
+    "TransMLA",
+    "WeightSVD",
     "balance_loss",
     "check",
     "convert",
@@ -44,6 +57,13 @@ __all__ = [
 
 # Imported when first used: they need torch, and `latent --help` does not.
 _LATER = {
+    "CrossLayerSVD": ".passes.recipes.cross_layer_svd",
+    "HeadSpans": ".passes.recipes.head_spans",
+    "JointLatent": ".passes.recipes.joint_latent",
+    "RoutedHeads": ".passes.recipes.routed_heads",
+    "SeparateLatent": ".passes.recipes.separate_latent",
+    "TransMLA": ".passes.recipes.transmla",
+    "WeightSVD": ".passes.recipes.weight_svd",
     "ExpectationFailed": ".rewriter.options",
     "OptionError": ".rewriter.options",
     "Report": ".rewriter.report",
@@ -62,7 +82,7 @@ _LATER = {
 
 def __getattr__(name: str) -> Any:
     if name == "testing":
-        return import_module(".rewriter.custom.check", __name__)
+        return import_module(".rewriter.custom.testing", __name__)
     if name not in _LATER:
         raise AttributeError(f"module 'latent' has no attribute {name!r}")
     return getattr(import_module(_LATER[name], __name__), name)

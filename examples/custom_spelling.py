@@ -1,8 +1,7 @@
-"""A spelling that latent does not know, what it says about it, and the pattern that teaches it:
-`python examples/custom_spelling.py`.
+"""A spelling that latent does not know, and the pattern that teaches it: `python examples/custom_spelling.py`.
 
-The soft cap hides in an operator of one's own. Recognition cannot look inside, so the scores seem to come from nowhere.
-A pattern says what the operator does to the scores it reads, and every built-in rewrite applies.
+The soft cap hides in an operator of one's own. Recognition cannot look inside, so the attention is a near miss. The
+pattern says what the operator does to the scores it reads, and every built-in rewrite applies.
 """
 
 import latent
@@ -24,6 +23,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(scores, dim=-1) @ v
 
 
+@latent.pattern("score_step", examples=((attend, dict(q="B H S D", k="B H T D", v="B H T E")),))
 def read_soft_clip(node, scores):
     """soft_clip(scores, cap) = cap · tanh(scores / cap)."""
     if node.target is not torch.ops.mine.soft_clip.default:
@@ -33,12 +33,10 @@ def read_soft_clip(node, scores):
 
 
 def main() -> None:
+    print("what it is worth: the example without the pattern, and with it\n")
+    print(latent.testing.check_pattern(read_soft_clip))
     q, k, v = (torch.randn(2, 4, n, 16) for n in (6, 9, 9))
-    print("before\n")
-    print(latent.explain(attend)(q, k, v))
-    latent.pattern("score_step")(read_soft_clip)
-    print("\nwith the pattern\n")
-    print(latent.explain(attend)(q, k, v))
+    print("\n" + str(latent.explain(attend)(q, k, v)))
     with torch.no_grad():
         compiled = torch.compile(attend, backend="latent", options={"expect": {"fuse_attention": 1}, "inner": "eager"})
         print(f"\nlargest difference from eager: {(compiled(q, k, v) - attend(q, k, v)).abs().max().item():.1e}")

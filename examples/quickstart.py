@@ -35,9 +35,14 @@ class Model(nn.Module):
         return x
 
 
-def main() -> None:
+def make():
+    """What the command line takes: `latent explain examples/quickstart.py:make`."""
     torch.manual_seed(0)
-    model, x = Model().eval(), torch.randn(2, 16, 64)
+    return Model().eval(), (torch.randn(2, 16, 64),), {}
+
+
+def main() -> None:
+    model, (x,), _ = make()
     with torch.no_grad():
         # 1. look: nothing is compiled, nothing is changed
         print(latent.explain(model)(x))

@@ -284,7 +284,7 @@ def either(*arguments: Any) -> Tensor:
     """The form that is predicted to be faster for this many queries."""
     call = LatentCall(*arguments)
     if call.query.shape[2] < threshold_of(call):
-        return absorbed(call, _generated)
+        return absorbed(call, _generated).contiguous()  # strides as `shape_of_result` says, for batches too
     return expanded_in_blocks(call)
 
 

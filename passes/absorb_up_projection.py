@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from .. import rewrite
 from ..kernels import latent_attention as _latent_attention  # defines latent::latent_attention
@@ -23,7 +24,9 @@ from ..rewriter.canonical import (
     width_of,
 )
 from ..rewriter.emit import Emitter
-from ..rewriter.factors import Factor, Factored, Whole, factor
+from ..rewriter.factored import Factor, Factored, Whole
+from ..rewriter.factors import factor
+from ..rewriter.layouts import shape_of
 from ..rewriter.masks.terms import Flags
 from ..rewriter.masks_of_site import proven_flags
 from ..rewriter.origins.low_rank import low_rank
@@ -74,6 +77,18 @@ class Plan:
         layout = tuple(tuple(same.get(a, a) for a in dim) for dim in site.space.resolve_layout(layout))
         return (root, layout) == (value.latent.root, site.space.resolve_layout(value.latent.chain[-1][1]))
 
+    @property
+    def key_bias(self) -> bool:
+        """Whether the bias of the keys counts: only a plain softmax ignores what is added to all keys alike."""
+        return self.key is not None and self.key.bias is not None and bool(self.scores.sinks or self.scores.cap)
+
+    @property
+    def value_bias(self) -> bool:
+        """Whether the bias of the values counts other than once: rows may give weight to a sink, or see no key."""
+        call = self.site.call
+        less = bool(self.scores.sinks) or (call is not None and (call.mask is not None or bool(call.window)))
+        return self.value is not None and self.value.bias is not None and less
+
     def latent_heads(self, part: Factored | Whole) -> Dim:
         """The head axes that a tensor of the keys tells apart."""
         operand = part.latent if isinstance(part, Factored) else part.operand
@@ -81,9 +96,17 @@ class Plan:
         return tuple(axis for axis in self.form.heads if axis in found)
 
 
+def expanded(q: Tensor, c: Tensor, up_k: Tensor, up_v: Tensor) -> Tensor:
+    k, v = (c[:, None] @ up for up in (up_k, up_v))
+    return (q @ k.mT).softmax(-1) @ v
+
+
 @rewrite("absorb_up_projection", exact=True, before=("fuse_attention", "fold_repeated_heads", "replace_proven_mask"))
 class AbsorbUpProjection:
     """q_h·(U_h c_j) = (U_hᵀ q_h)·c_j  and  sum_j p_j (V_h c_j) = V_h (sum_j p_j c_j): attend to the latents c."""
+
+    examples = ((expanded, dict(q="B H S D", c="B T C", up_k="H C D", up_v="H C E")),)
+    example_sizes: ClassVar = {"C": (2, 4), "H": (2, 4), "D": (3, 8), "E": (3, 8)}
 
     def match(self, site: AttentionSite) -> Match | Refusal:
         keys = [(n, f) for n, term in enumerate(site.terms) for f in factor(term.key, width_of(site, n), site)]
@@ -108,8 +131,6 @@ class AbsorbUpProjection:
             key = key if key is not None and _is_narrow(key, site) else None
         if key is None and value is None:
             return Refusal("what keys and values are made of is no narrower than they are", site.key.node)
-        if value is not None and key is not None and key.bias is not None and (scores.sinks or scores.cap):
-            key = None  # only a plain softmax ignores what is added to all keys alike
         rest = tuple((n, f.left_whole() if isinstance(f, Factored) else f) for n, f in keys if f is not key)
         flags, mask = proven_flags(site)
         plan = Plan(site, scores, key, value, term, rest, flags)
@@ -198,10 +219,6 @@ def _unfit(plan: Plan) -> Refusal | None:
             *space.resolve(part.latent_width),
         }:
             return Refusal("the latents vary over something else than batch, heads and keys", part.latent.node)
-    if plan.key is not None and plan.key.bias is not None and (scores.sinks or scores.cap):
-        return Refusal("the keys have a bias, which only a plain softmax ignores", plan.key.bias)
-    if plan.key is None and plan.value is not None and plan.value.bias is not None and _may_weigh_less(plan):
-        return Refusal("the values have a bias, and the weights of a row may not sum to one", plan.value.bias)
     if plan.key is not None and plan.value is not None:
         if plan.key.heads(site) != plan.value.heads(site) or plan.latent_heads(plan.key) != plan.latent_heads(
             plan.value
@@ -210,9 +227,9 @@ def _unfit(plan: Plan) -> Refusal | None:
         for _, whole in plan.rest:
             if not _shared(plan, whole) and scores.cap:
                 return Refusal("a part of the keys has heads of its own, and the scores are capped", whole.end)
-    elif plan.key is not None and plan.rest:
+    elif plan.key is not None and not all(_shared(plan, whole) for _, whole in plan.rest):
         return Refusal(
-            "a part of the keys and all values are no product of weights and a narrower tensor", site.value.root
+            "a part of the keys has heads of its own, and the values are not made of the latent", site.key.root
         )
     return None
 
@@ -225,14 +242,8 @@ def _shared(plan: Plan, whole: Whole) -> bool:
 
 def _reads(plan: Plan) -> tuple[tuple[fx.Node, fx.Node], ...]:
     """The tensors that the replacement reads, and where they were read before."""
-    parts = [(node, part.contraction) for part in plan.parts for node in (part.latent.node, part.weight, part.bias)]
-    return tuple((n, at) for n, at in parts if n is not None) + tuple((w.end, w.reader) for _, w in plan.rest)
-
-
-def _may_weigh_less(plan: Plan) -> bool:
-    """Whether rows give weight to a sink, or may see no key."""
-    call = plan.site.call
-    return bool(plan.scores.sinks) or (call is not None and (call.mask is not None or bool(call.window)))
+    parts = tuple(read for part in plan.parts for read in part.reads())
+    return parts + tuple((whole.end, whole.reader) for _, whole in plan.rest)
 
 
 # ** build **
@@ -249,13 +260,16 @@ def _attend_to_latents(plan: Plan, key: Factored, value: Factored, emit: Emitter
         value_latent = value.emit_of_keys(emit, site, value.latent, own, value.latent_width, dtype)
     query, scale = _scaled_query(plan, emit, plan.term, key)
     query_rope = key_rope = None
-    if plan.rest:
+    if plan.rest or plan.key_bias:
         shared = all(_shared(plan, whole) for _, whole in plan.rest)
         queries, keys = [], []
         for n, whole in plan.rest:
             queries.append(_scaled_query(plan, emit, n, whole)[0])
             keys.append(whole.emit_of_keys(emit, site, whole.operand, own if shared else heads, whole.width, dtype))
-        query_rope, key_rope = (t[0] if len(t) == 1 else emit.call(aten.cat.default, t, -1) for t in (queries, keys))
+        if plan.key_bias:
+            queries.append(_on_bias(plan, key, query, emit))
+            keys.append(_ones(emit, keys[0] if keys else latent))
+        query_rope, key_rope = _side_by_side(emit, queries), _side_by_side(emit, keys)
     scoring = _scoring(plan, emit, query, scale)
     arguments = (
         query,
@@ -264,8 +278,7 @@ def _attend_to_latents(plan: Plan, key: Factored, value: Factored, emit: Emitter
         key_rope,
         value_latent,
         key.emit_weight(emit, site, heads, dtype),
-        value.emit_weight(emit, site, heads, dtype),
-        value.emit_bias(emit, site, heads, dtype),
+        *_weight_and_bias_of_values(plan, value, heads, emit),
         scoring.mask,
         scoring.sinks,
         scoring.scale,
@@ -279,33 +292,95 @@ def _attend_to_latents(plan: Plan, key: Factored, value: Factored, emit: Emitter
 
 def _attend_to_one(plan: Plan, emit: Emitter) -> fx.Node:
     """Only the keys or only the values are latents: latent::attention whose other operand is as it was."""
-    site, form, dtype = plan.site, plan.form, plan.dtype
-    (part,) = plan.parts
-    latent = part.emit_of_keys(emit, site, part.latent, form.heads, part.latent_width, dtype)
-    weight = part.emit_weight(emit, site, form.heads, dtype)
-    queries = [(n, width_of(site, n), term) for n, term in enumerate(site.terms)]
+    return _attend_to_key_latents(plan, emit) if plan.key is not None else _attend_to_value_latents(plan, emit)
+
+
+def _attend_to_key_latents(plan: Plan, emit: Emitter) -> fx.Node:
+    """q·[U c + b | r]  =  [q U | q·b | q]·[c | 1 | r]."""
+    site, form, dtype, part = plan.site, plan.form, plan.dtype, plan.key
+    assert part is not None
+    own = plan.latent_heads(part)
+    query = emit.cast(_query(plan, emit, plan.term, part), dtype)
+    queries = [emit.call(aten.matmul.default, query, part.emit_weight(emit, site, form.heads, dtype))]
+    keys = [part.emit_of_keys(emit, site, part.latent, own, part.latent_width, dtype)]
+    if plan.key_bias:
+        queries.append(_on_bias(plan, part, query, emit))
+        keys.append(_ones(emit, keys[0]))
+    for n, whole in plan.rest:
+        queries.append(emit.cast(_query(plan, emit, n, whole), dtype))
+        keys.append(whole.emit_of_keys(emit, site, whole.operand, own, whole.width, dtype))
     wide = Canonical(site, folded=False)
-    if part is plan.key:
-        query, scale = emit_query_scale(emit, form, plan.scores, _query(plan, emit, plan.term, part), dtype)
-        query = emit.call(aten.matmul.default, query, weight)
-        value = emit.cast(place(emit, site.value, wide.columns(site.axes.value_width), site), dtype)
-        return emit_attention(emit, wide, query, latent, value, _scoring(plan, emit, query, scale))
-    rows = [emit.cast(place(emit, term.query, form.rows(width), site), dtype) for _, width, term in queries]
-    keys = [emit.cast(place(emit, term.key, wide.columns(width), site), dtype) for _, width, term in queries]
-    rows = [
-        q if t.factor == 1.0 else emit.call(aten.mul.Tensor, q, t.factor)
-        for q, (_, _, t) in zip(rows, queries, strict=True)
-    ]
-    query, key = (t[0] if len(t) == 1 else emit.call(aten.cat.default, t, -1) for t in (rows, keys))
-    query, scale = emit_query_scale(emit, form, plan.scores, query, dtype)
+    query, scale = emit_query_scale(emit, form, plan.scores, _side_by_side(emit, queries), dtype)
+    key = _for_every_head(plan, emit, _side_by_side(emit, keys), own)
+    value = emit.cast(place(emit, site.value, wide.columns(site.axes.value_width), site), dtype)
+    return emit_attention(emit, wide, query, key, value, _scoring(plan, emit, query, scale))
+
+
+def _attend_to_value_latents(plan: Plan, emit: Emitter) -> fx.Node:
+    """sum_j p_j (V c_j + b)  =  [V | b] sum_j p_j [c_j | 1]; where the weights sum to one, b is added afterwards."""
+    site, form, dtype, part = plan.site, plan.form, plan.dtype, plan.value
+    assert part is not None
+    own = plan.latent_heads(part)
+    latent = part.emit_of_keys(emit, site, part.latent, own, part.latent_width, dtype)
+    weight, bias = _weight_and_bias_of_values(plan, part, form.heads, emit)
+    if bias is not None and plan.value_bias:
+        latent = emit.call(aten.cat.default, [latent, _ones(emit, latent)], -1)
+        heads = emit.call(aten.expand.default, bias, [emit.size(form.heads), -1])
+        weight = emit.call(aten.cat.default, [weight, emit.call(aten.unsqueeze.default, heads, -1)], -1)
+    wide = Canonical(site, folded=False)
+    queries, keys = [], []
+    for n, term in enumerate(site.terms):
+        width = width_of(site, n)
+        rows = emit.cast(place(emit, term.query, form.rows(width), site), dtype)
+        queries.append(rows if term.factor == 1.0 else emit.call(aten.mul.Tensor, rows, term.factor))
+        keys.append(emit.cast(place(emit, term.key, wide.columns(width), site), dtype))
+    query, scale = emit_query_scale(emit, form, plan.scores, _side_by_side(emit, queries), dtype)
     scoring = _scoring(plan, emit, query, scale)
     how = (scoring.mask, scoring.sinks, scoring.scale, scoring.cap, scoring.causal, scoring.window, False)
-    out = emit.call(torch.ops.latent.attention.default, query, key, latent, *how)
+    values = _for_every_head(plan, emit, latent, own)
+    out = emit.call(torch.ops.latent.attention.default, query, _side_by_side(emit, keys), values, *how)
     out = emit.call(aten.matmul.default, out, emit.call(aten.transpose.int, weight, 1, 2))
-    bias = part.emit_bias(emit, site, form.heads, dtype)
-    if bias is not None:
+    if bias is not None and not plan.value_bias:
         out = emit.call(aten.add.Tensor, out, emit.call(aten.unsqueeze.default, bias, 1))
     return emit_result(emit, form, out)
+
+
+def _weight_and_bias_of_values(
+    plan: Plan, value: Factored, heads: Dim, emit: Emitter
+) -> tuple[fx.Node, fx.Node | None]:
+    """[heads, value width, latent width] and [heads or 1, value width], with rows of zeros where values are padded."""
+    weight = value.emit_weight(emit, plan.site, heads, plan.dtype)
+    bias = value.emit_bias(emit, plan.site, heads, plan.dtype)
+    if value.padding:
+        weight = emit.call(aten.constant_pad_nd.default, weight, [0, 0, 0, value.padding])
+        bias = None if bias is None else emit.call(aten.constant_pad_nd.default, bias, [0, value.padding])
+    return weight, bias
+
+
+def _side_by_side(emit: Emitter, tensors: list[fx.Node]) -> fx.Node:
+    return tensors[0] if len(tensors) == 1 else emit.call(aten.cat.default, tensors, -1)
+
+
+def _ones(emit: Emitter, tensor: fx.Node) -> fx.Node:
+    """[.. 1], one for each row of a tensor."""
+    return emit.call(aten.ones_like.default, emit.call(aten.slice.Tensor, tensor, -1, 0, 1))
+
+
+def _on_bias(plan: Plan, key: Factored, query: fx.Node, emit: Emitter) -> fx.Node:
+    """q·b for the bias of the keys: [B H S 1]."""
+    bias = key.emit_bias(emit, plan.site, plan.form.heads, plan.dtype)
+    assert bias is not None
+    return emit.call(aten.matmul.default, emit.cast(query, plan.dtype), emit.call(aten.unsqueeze.default, bias, -1))
+
+
+def _for_every_head(plan: Plan, emit: Emitter, tensor: fx.Node, heads: Dim) -> fx.Node:
+    """[B, heads, T, width] with a repetition for each head that shares it, which no memory holds if all share it."""
+    site = plan.site
+    width = site.space.fresh("c", shape_of(tensor)[3])
+    target = Canonical(site, folded=False).columns(width)
+    layout = (site.axes.batch, heads, site.axes.keys, width)
+    emit.learn(((tensor, layout),))
+    return emit.expand(emit.relayout(tensor, layout, target), target)
 
 
 def _query(plan: Plan, emit: Emitter, term: int, part: Factored | Whole) -> fx.Node:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from torch import fx
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, fx
 
 from .. import rewrite
 from ..kernels import attention as _attention  # noqa: F401  # defines latent::attention
-from ..rewriter.axes import same_size, size_of
-from ..rewriter.canonical import Canonical, Scoring, emit_attention, emit_own_mask, place, width_of
+from ..rewriter.axes import size_of
+from ..rewriter.canonical import Canonical, Scoring, emit_attention, emit_own_mask, groups_repeated, place, width_of
 from ..rewriter.emit import Emitter
-from ..rewriter.layouts import shape_of
 from ..rewriter.rules import Benefit, Cost, Match, Refusal
 from ..rewriter.sites import AttentionSite
+
+
+def one_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)
 
 
 @rewrite("split_kv_decode", exact=True, after=("fuse_attention", "fold_repeated_heads", "replace_proven_mask"))
 class SplitKVDecode:
     """sdpa(q[b (h g) 1 d], k[b h j d], v)  ->  attention over parts of j, joined by log-sum-exp (Flash-Decoding)."""
+
+    examples = ((one_query, dict(q="B (K G) D", k="B K T D", v="B K T E")),)
+    example_sizes: ClassVar = {"K": (2, 4), "G": (2, 4), "T": (2, 8)}
 
     def match(self, site: AttentionSite) -> Match | Refusal:
         call = site.call
@@ -28,8 +37,6 @@ class SplitKVDecode:
             return Refusal(f"{call.name} also does what is not read here", call.anchor)
         if site.axes.queries:
             return Refusal(f"there are {size_of(site.axes.queries)} query tokens, which fill the cores", call.anchor)
-        if call.grouped and not site.axes.groups and not same_size(shape_of(call.query)[-3], shape_of(call.key)[-3]):
-            return Refusal("how many heads share keys is not known before the call", call.anchor)
         return Match(site)
 
     def benefit(self, match: Match) -> Benefit:
@@ -46,7 +53,7 @@ class SplitKVDecode:
         site = match.site
         call = site.call
         assert call is not None
-        form = Canonical(site, folded=call.grouped)
+        form = Canonical(site, folded=not groups_repeated(site))
         width = width_of(site)
         query = place(emit, site.query, form.rows(width), site)
         key = place(emit, site.key, form.columns(width), site)

@@ -11,6 +11,7 @@ from ..rewriter.nodes import args_of
 from ..rewriter.registry import pattern
 from ..rewriter.scalars import read_scalar
 from ..rewriter.sites import AttentionCall
+from . import examples
 
 aten = torch.ops.aten
 
@@ -19,7 +20,7 @@ def _argument(node: fx.Node, position: int, name: str, default: object) -> Any:
     return args_of(node)[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
-@pattern("call")
+@pattern("call", examples=((examples.sdpa, examples.QKV),))
 def scaled_dot_product_attention(node: fx.Node) -> AttentionCall | None:
     """sdpa(query[.. H S D], key[.. K T D], value[.. K T E])."""
     if node.target is not aten.scaled_dot_product_attention.default:

@@ -32,6 +32,7 @@ from ..rewriter.sites import (
     Tanh,
     WeightStep,
 )
+from . import examples
 
 aten = torch.ops.aten
 
@@ -53,7 +54,7 @@ def _boolean(node: Any) -> bool:
     return isinstance(node, fx.Node) and is_tensor(node) and node.meta["val"].dtype == torch.bool
 
 
-@pattern("score_step")
+@pattern("score_step", examples=((examples.in_double, examples.QKV),))
 def cast(node: fx.Node, scores: fx.Node) -> ScoreStep | None:
     """scores.to(dtype)."""
     return Cast(node, node.meta["val"].dtype) if is_cast(node) and args_of(node)[0] is scores else None
@@ -78,13 +79,13 @@ def scale(node: fx.Node, scores: fx.Node) -> ScoreStep | None:
     return None
 
 
-@pattern("score_step")
+@pattern("score_step", examples=((examples.capped, examples.QKV),))
 def soft_cap(node: fx.Node, scores: fx.Node) -> ScoreStep | None:
     """tanh(scores)."""
     return Tanh(node) if node.target in (aten.tanh.default, aten.tanh_.default) else None
 
 
-@pattern("score_step")
+@pattern("score_step", examples=((examples.biased, {**examples.QKV, "bias": "B H S T"}),))
 def bias(node: fx.Node, scores: fx.Node) -> ScoreStep | tuple[ScoreStep, ...] | None:
     """scores + bias, bias + scores, scores - shift, shift - scores."""
     if node.target not in _ADD | _SUB:
@@ -107,7 +108,7 @@ def bias(node: fx.Node, scores: fx.Node) -> ScoreStep | tuple[ScoreStep, ...] | 
     return Bias(node, number if number is not None else other, factor)
 
 
-@pattern("score_step")
+@pattern("score_step", examples=((examples.filled, examples.QKV),))
 def fill(node: fx.Node, scores: fx.Node) -> ScoreStep | None:
     """masked_fill(scores, hide, c), where(keep, scores, c), where(hide, c, scores)."""
     if node.target in _FILL and args_of(node)[0] is scores:
@@ -144,7 +145,7 @@ def read_fill(value: object) -> float | None:
     return None
 
 
-@pattern("score_step")
+@pattern("score_step", examples=((examples.with_sink, {**examples.QKV, "sink": "1 H 1 1"}),))
 def sink(node: fx.Node, scores: fx.Node) -> ScoreStep | None:
     """cat([scores, sink], dim): scores of things that have no value."""
     if node.target is not aten.cat.default:
@@ -158,7 +159,7 @@ def sink(node: fx.Node, scores: fx.Node) -> ScoreStep | None:
     return Sink(node, others[0], dim, others[0] is parts[0], shape_of(others[0])[dim])
 
 
-@pattern("score_step")
+@pattern("score_step", examples=((examples.padded, examples.QKV),))
 def padded_sink(node: fx.Node, scores: fx.Node) -> ScoreStep | None:
     """pad(scores, (1, 0), value): a column of one number."""
     if node.target not in (aten.pad.default, aten.constant_pad_nd.default):
@@ -177,7 +178,7 @@ def padded_sink(node: fx.Node, scores: fx.Node) -> ScoreStep | None:
     return Sink(node, value, dim, padded[0] % 2 == 0, widths[padded[0]])
 
 
-@pattern("score_step")
+@pattern("score_step", examples=((examples.floored, {**examples.QKV, "bias": "B 1 S T"}),))
 def floor(node: fx.Node, scores: fx.Node) -> ScoreStep | None:
     """max(scores, the lowest number): changes only rows that are hidden altogether."""
     if node.target not in (aten.maximum.default, aten.max.other, aten.clamp.default, aten.clamp_min.default):
@@ -188,7 +189,7 @@ def floor(node: fx.Node, scores: fx.Node) -> ScoreStep | None:
     return Bias(node, 0.0) if bound is not None and bound <= HIDES else None
 
 
-@pattern("score_step")
+@pattern("score_step", examples=((examples.assigned, examples.QKV),))
 def assigned(node: fx.Node, scores: fx.Node) -> ScoreStep | None:
     """scores[.., mask] = c with one boolean mask over the last dimensions."""
     if node.target not in (aten.index_put_.default, aten.index_put.default) or args_of(node)[0] is not scores:
@@ -205,13 +206,13 @@ def assigned(node: fx.Node, scores: fx.Node) -> ScoreStep | None:
 # ------------------------------------------------------------------ after the softmax
 
 
-@pattern("weight_step")
+@pattern("weight_step", examples=((examples.weights_in_double, examples.QKV),))
 def weight_cast(node: fx.Node, weights: fx.Node) -> WeightStep | None:
     """weights.to(dtype)."""
     return Cast(node, node.meta["val"].dtype) if is_cast(node) and args_of(node)[0] is weights else None
 
 
-@pattern("weight_step")
+@pattern("weight_step", examples=((examples.dropped, examples.QKV),))
 def dropout(node: fx.Node, weights: fx.Node) -> WeightStep | None:
     """dropout(weights, p, training)."""
     if node.target not in _DROPOUT:
@@ -220,13 +221,13 @@ def dropout(node: fx.Node, weights: fx.Node) -> WeightStep | None:
     return Dropout(node, (p if p is not None else 1.0) if training else 0.0)
 
 
-@pattern("weight_step")
+@pattern("weight_step", examples=((examples.without_nan, examples.QKV),))
 def nan_to_zero(node: fx.Node, weights: fx.Node) -> WeightStep | None:
     """nan_to_num(weights)."""
     return NanToZero(node) if node.target in (aten.nan_to_num.default, aten.nan_to_num_.default) else None
 
 
-@pattern("weight_step")
+@pattern("weight_step", examples=((examples.gated, {**examples.QKV, "gate": "H 1 1"}),))
 def gate(node: fx.Node, weights: fx.Node) -> WeightStep | None:
     """weights * gate."""
     if node.target in _MUL:

@@ -27,6 +27,7 @@ from ..rewriter.registry import pattern
 from ..rewriter.scalars import read_scalar
 from ..rewriter.sites import SoftmaxSpelling
 from ..rewriter.totals import broadcasts, layout_of_total
+from . import examples
 
 aten = torch.ops.aten
 
@@ -61,7 +62,7 @@ def _dtype(node: fx.Node) -> torch.dtype | None:
     return found[0] if found else None
 
 
-@pattern("softmax")
+@pattern("softmax", examples=((examples.library, examples.QKV),))
 def library_softmax(node: fx.Node) -> SoftmaxSpelling | None:
     """softmax(x, dim)."""
     if node.target not in _LIBRARY or (dim := _dim(node)) is None:
@@ -69,7 +70,7 @@ def library_softmax(node: fx.Node) -> SoftmaxSpelling | None:
     return SoftmaxSpelling(node, args_of(node)[0], dim, node, _dtype(node))
 
 
-@pattern("softmax")
+@pattern("softmax", examples=((examples.of_log_softmax, examples.QKV),))
 def exponential_of_log_softmax(node: fx.Node) -> SoftmaxSpelling | None:
     """exp(log_softmax(x))."""
     inner = args_of(node)[0] if node.target is aten.exp.default else None
@@ -79,7 +80,7 @@ def exponential_of_log_softmax(node: fx.Node) -> SoftmaxSpelling | None:
     return None if dim is None else SoftmaxSpelling(node, args_of(inner)[0], dim, node, _dtype(inner))
 
 
-@pattern("softmax")
+@pattern("softmax", examples=((examples.less_logsumexp, examples.QKV),))
 def exponential_of_shifted(node: fx.Node) -> SoftmaxSpelling | None:
     """exp(x - logsumexp(x, keepdim))."""
     inner = args_of(node)[0] if node.target is aten.exp.default else None
@@ -92,7 +93,7 @@ def exponential_of_shifted(node: fx.Node) -> SoftmaxSpelling | None:
     return None
 
 
-@pattern("softmax")
+@pattern("softmax", examples=((examples.over_sum, examples.QKV),))
 def exponentials_over_their_sum(node: fx.Node) -> SoftmaxSpelling | None:
     """e / sum(e), at once or after the value product; `node` is e."""
     base = _EXPONENTIALS.get(node.target)

@@ -18,9 +18,18 @@ from torch import fx
 from . import history
 from .cache_key import is_cacheable, own_tag
 from .capture import capture, untouched_copy
-from .compat import DYNAMO_CONTROL_FLOW, cache_tag, compile_id, hand_to_inductor, list_mode_options, size_hints
+from .compat import (
+    DYNAMO_CONTROL_FLOW,
+    cache_tag,
+    compile_id,
+    hand_to_inductor,
+    list_mode_options,
+    recompile_reason,
+    size_hints,
+)
 from .dump import Recorded, recorded_of, trace_artifacts, wants_stages, write_recorded
 from .expect import check_expectations
+from .head_pictures import known_buffers
 from .lower import lower
 from .mutations import Mutations
 from .normal_form import Contract, check_normal_form, normalise, remove_dead_code
@@ -28,7 +37,8 @@ from .opening import decompositions
 from .options import ExpectationFailed, OptionError, Options, read_options
 from .prologue import hoist
 from .recognise import recognise
-from .report import GraphReport, report_miss, report_site
+from .regions import Regions
+from .report import GraphReport, report_miss, report_site, why_again
 from .rewrite import rewrite_graph
 from .stages.record import Recorder
 
@@ -105,11 +115,12 @@ def transform(
     seconds: dict[str, float],
     keep: Callable[[Recorded], None] | None = None,
     bodies: bool = False,
+    regions: dict[str, Regions] | None = None,
 ) -> tuple[fx.GraphModule, GraphReport]:
     """From Dynamo's graph to plain ATen with every rewrite applied, and the report about it. Raises StageFailed.
 
     `keep` is given all stages. With `bodies` the operators that rewrites put in become their own definitions and no
-    kernels.
+    kernels. `regions` receives what is replaced and by what, by the certificate's name.
     """
     name = _name()
     recorder = None
@@ -133,10 +144,11 @@ def transform(
         found = recognise(normal.graph)
         writes = Mutations.of(normal.graph)
         hints = size_hints(normal.graph.nodes)
-        sites = tuple(report_site(i, site, writes, hints) for i, site in enumerate(found.sites))
+        buffers = known_buffers(normal.graph, example_inputs, writes)
+        sites = tuple(report_site(i, site, writes, hints, buffers) for i, site in enumerate(found.sites))
         misses = tuple(report_miss(miss) for miss in found.misses)
     with stage("rewrite", seconds):
-        done = rewrite_graph(normal.graph, found.sites, options, hints)
+        done = rewrite_graph(normal.graph, found.sites, options, hints, regions)
         remove_dead_code(normal)
         check_normal_form(normal, contract)
     record("rewritten", normal)
@@ -154,6 +166,7 @@ def transform(
         len(done.certificates),
         seconds,
         done.seconds,
+        again=why_again(recompile_reason()),
     )
     with beside(options):
         trace_artifacts(report)

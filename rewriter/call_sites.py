@@ -26,13 +26,10 @@ def call_site(call: AttentionCall, space: AxisSpace) -> AttentionSite:
     for i in range(-rank - 2, -2):
         size_q, size_k, size_v = (shape[i] if -i <= len(shape) else 1 for shape in (q, k, v))
         if call.grouped and i == -3 and not same_size(size_q, size_k):
-            head = space.fresh("h", size_k)
+            # The call raises where the key heads do not divide the query heads, so H / K is a whole number.
             whole = isinstance(size_q, int) and isinstance(size_k, int)
-            cut = space.factor(space.fresh("hg", size_q), (size_k, size_q // size_k if whole else size_q / size_k))
-            dim = cut[0] + cut[1] if cut else head
-            groups = cut[1] if cut else ()
-            head = cut[0] if cut else head
-            batch_q.append(dim)
+            head, groups = space.fresh("h", size_k), space.fresh("g", size_q // size_k if whole else size_q / size_k)
+            batch_q.append(head + groups)
             batch_k.append(head)
             batch_v.append(head)
             continue
@@ -72,6 +69,9 @@ def call_site(call: AttentionCall, space: AxisSpace) -> AttentionSite:
     axes = roles_of(space.resolve_layout(scores), keys, [term], value, steps, space)
     if groups:  # with one query token nothing but the call itself tells queries and groups apart
         axes = replace(axes, queries=space.resolve(queries), groups=space.resolve(groups))
+        heads = space.resolve(batch_k[-1])
+        outer = tuple(axis for axis in axes.batch + axes.heads if axis not in heads)
+        axes = replace(axes, batch=outer, heads=heads)
     output = call.anchor
     for user in call.anchor.users:
         if call.name == "flex_attention" and args_of(user)[1:] == (0,):

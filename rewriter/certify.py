@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .compat import expr_of
 from .layouts import layout_step
 from .sizes import concrete
 from .structure import signature
@@ -84,7 +85,14 @@ def _bare(node: fx.Node) -> fx.Node:
 
 def _made_of(node: fx.Node) -> list[fx.Node]:
     """What has to be computed before a node: not a tensor of which it takes the size alone, which is known."""
-    return [] if node.target is aten.sym_size.int else node.all_input_nodes
+    return [] if _is_known(node) else node.all_input_nodes
+
+
+def _is_known(node: fx.Node) -> bool:
+    """Whether a node is a size, or a number that the guards leave no choice."""
+    value = node.meta.get("val")
+    bound = isinstance(value, torch.SymInt | torch.SymFloat) and expr_of(value).is_number
+    return bound or node.target is aten.sym_size.int
 
 
 def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
@@ -126,7 +134,7 @@ def _run(nodes: Iterable[fx.Node], inputs: frozenset[fx.Node]) -> dict[fx.Node, 
     values: dict[fx.Node, Any] = {}
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for node in nodes:
-            if node in inputs or node.op == "placeholder" or node.target is aten.sym_size.int:
+            if _is_known(node) or node in inputs or node.op == "placeholder":
                 values[node] = _random(node.meta.get("val"), generator)
             elif node.op == "get_attr":
                 values[node] = _widened(getattr(node.graph.owning_module, str(node.target)))

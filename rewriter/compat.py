@@ -16,6 +16,7 @@ from typing import Any
 
 import sympy
 import torch
+import torch._dynamo.utils
 import torch.compiler.config
 from torch import fx
 from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame  # 2.13
@@ -53,6 +54,7 @@ __all__ = [
     "fake_mode_of",
     "fake_of_shape",
     "fqn_of",
+    "guarded_number",
     "hand_to_aot",
     "hand_to_inductor",
     "inductor_modes",
@@ -133,6 +135,15 @@ def symint_of(size: int | sympy.Expr, like: torch.Tensor) -> int | torch.SymInt:
     hint = int(size.subs({s: env.backed_var_to_val[s] for s in size.free_symbols}))  # 2.13
     made: int | torch.SymInt = env.create_symintnode(size, hint=hint)
     return made
+
+
+def guarded_number(value: object) -> float | None:
+    """The number behind a symbol, to which the graph is then bound by a guard; None where only running it tells."""
+    if isinstance(value, torch.SymInt | torch.SymFloat) and not value.node.has_hint():  # 2.13
+        return None
+    if isinstance(value, torch.SymInt):
+        return float(int(value))
+    return float(value) if isinstance(value, int | float | torch.SymFloat) else None
 
 
 def statically_known_true(condition: bool | torch.SymBool) -> bool:
@@ -495,6 +506,12 @@ def compile_id() -> str:
     """The compilation that is going on, as in torch's logs: "0/0"; "" outside of one."""
     current = torch._guards.CompileContext.current_compile_id()  # 2.13
     return "" if current is None else str(current)
+
+
+def recompile_reason() -> str:
+    """Which guard sent the call to the compilation that is going on, and from where; "" for a first one."""
+    known = torch._dynamo.utils.get_metrics_context()._metrics  # 2.13: None where Dynamo compiles for the first time
+    return str(known.get("recompile_reason") or "")
 
 
 def size_hints(nodes: Iterable[fx.Node]) -> dict[sympy.Symbol, int]:

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from .axes import Axis, Dim, Layout, size_of
+from .axes import Axis, Layout, size_of
 from .capture import capture
 from .explain import call_through
 from .masks.materialise import materialise
 from .masks.prove import HIDES
-from .masks.terms import Either, MaskProof, MaskTerm, batch_index
-from .masks_of_site import MaskTensor, describe_masks, mask_tensors
+from .masks.terms import MaskProof, batch_index, tensors_read
+from .masks_of_site import MaskTensor, describe_masks, index_along, mask_tensors, place_in
 from .mutations import Mutations
 from .normal_form import normalise
 from .opening import decompositions
@@ -101,23 +101,15 @@ def _nodes(site: AttentionSite) -> Iterator[fx.Node]:
     """The tensors that the masks of a site are, and those that their terms read."""
     for mask, proof in zip(mask_tensors(site), site.masks, strict=True):
         yield mask.node
-        yield from _read(proof.terms)
+        yield from tensors_read(proof.terms)
         yield from (load.node for _, load in proof.loads)
-
-
-def _read(terms: Sequence[MaskTerm]) -> Iterator[fx.Node]:
-    for term in terms:
-        if isinstance(term, Either):
-            yield from _read(term.terms)
-        elif isinstance(node := getattr(term, "node", None), fx.Node):
-            yield node
 
 
 def _mask(site: AttentionSite, values: Values, head: int) -> EffectiveMask:
     axes = site.axes
     queries, keys = (concrete(size_of(dim)) for dim in (axes.queries, axes.keys))
     lanes = axes.batch + axes.heads + axes.groups
-    place = _place(lanes, head)
+    place = place_in(lanes, head)
     masks = list(zip(mask_tensors(site), site.masks, strict=True))
     layouts = [site.space.resolve_layout(mask.layout) for mask, _ in masks]
     parts: list[torch.Tensor | None] = [_flags(site, queries, keys)]
@@ -131,7 +123,7 @@ def _mask(site: AttentionSite, values: Values, head: int) -> EffectiveMask:
         describe_masks(site),
         torch.stack(drawn).all(0) if len(drawn) == len(parts) else None,
         not (site.call and site.call.opaque) and not any(proof.opaque for _, proof in masks),
-        any(proof.loads or any(True for _ in _read(proof.terms)) for _, proof in masks),
+        any(proof.loads or any(True for _ in tensors_read(proof.terms)) for _, proof in masks),
         concrete(size_of(lanes)),
         any(set(dim) & set(place) for layout in layouts for dim in layout),
     )
@@ -163,7 +155,7 @@ def _visible(
     others = [n for n in range(len(layout)) if n not in order]
     if own[1] not in layout or any(set(layout[n]) & {*own[0], *own[1]} for n in others):
         return None  # keys and queries share a dimension with other axes
-    at = tuple(_flat(layout[n], place) for n in others)
+    at = tuple(index_along(layout[n], place) for n in others)
     tensor = values[mask.node]
     if not proof.opaque:
         batch = {batch_index(n): tensor.shape[n] for n in others}
@@ -172,21 +164,3 @@ def _visible(
     if mask.form == "additive":
         return (rows > HIDES).expand(grid)
     return (rows.bool() if mask.form == "keep" else ~rows.bool()).expand(grid)
-
-
-def _place(axes: Dim, index: int) -> dict[Axis, int]:
-    """The index on every axis that makes up one place in their product, the last axis running fastest."""
-    count = concrete(size_of(axes))
-    if not 0 <= index < count:
-        raise IndexError(f"there is no head {index}: the batch has {count} together, counted from 0")
-    place: dict[Axis, int] = {}
-    for axis in reversed(axes):
-        index, place[axis] = divmod(index, concrete(axis.size))
-    return place
-
-
-def _flat(dim: Dim, place: Mapping[Axis, int]) -> int:
-    flat = 0
-    for axis in dim:
-        flat = flat * concrete(axis.size) + place.get(axis, 0)
-    return flat

@@ -23,6 +23,7 @@ from .compat import compile_id
 from .dump import Recorded
 from .options import ExpectationFailed, Options, Verify, read_options
 from .quiet import call_of, graph_breaks, quiet_compiler
+from .regions import Regions
 from .report import Break, GraphReport, Report
 
 __all__ = ["call_through", "check", "explain", "owner_of", "record", "unchanged"]
@@ -55,12 +56,16 @@ def record(
     dynamic: bool | None = None,
     stages: bool = True,
     inputs: bool = False,
+    regions: dict[str, Regions] | None = None,
 ) -> Callable[..., tuple[Report, tuple[Recorded, ...]]]:
-    """As `explain`, and gives every stage of every graph with the report; with `inputs`, copies of the inputs too."""
+    """As `explain`, and gives every stage of every graph with the report; with `inputs`, copies of the inputs too.
+
+    `regions` receives what is replaced and by what, by the names of the certificates.
+    """
     options = read_options({"rewrites": rewrites, "verify": verify})
 
     def run(*args: Any, **kwargs: Any) -> tuple[Report, tuple[Recorded, ...]]:
-        collector = _Collector(options, stages, inputs)
+        collector = _Collector(options, stages, inputs, regions)
         _, breaks = call_through(model, collector, dynamic, args, kwargs)
         return Report(tuple(collector.graphs.values()), breaks), tuple(collector.recorded.values())
 
@@ -115,8 +120,8 @@ def call_through(
 class _Collector:
     """A backend that keeps a report of each compilation and runs the graph as it is."""
 
-    def __init__(self, options: Options, stages: bool, inputs: bool) -> None:
-        self.options, self.stages, self.inputs = options, stages, inputs
+    def __init__(self, options: Options, stages: bool, inputs: bool, regions: dict[str, Regions] | None) -> None:
+        self.options, self.stages, self.inputs, self.regions = options, stages, inputs, regions
         self.recorded: dict[str, Recorded] = {}
         self.graphs: dict[str, GraphReport] = {}
         """By compile id: a compilation that Dynamo starts again replaces its first attempt."""
@@ -131,7 +136,8 @@ class _Collector:
             self.recorded[identity] = named.with_copied_inputs() if self.inputs else named
 
         try:
-            _, report = transform(gm, example_inputs, self.options, {}, keep if self.stages else None)
+            given = keep if self.stages else None
+            _, report = transform(gm, example_inputs, self.options, {}, given, regions=self.regions)
         except StageFailed as error:
             failure = failure_text(error)
             report = GraphReport("", len(gm.graph.nodes), (), (), (), failure=failure)

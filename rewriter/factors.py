@@ -9,16 +9,14 @@ left whole: a rotated part, or a cache of expanded keys.
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
-from .axes import Axis, AxisSpace, Dim, Layout, Size, flat, same_size, size_of
-from .canonical import place
+from .axes import Axis, AxisSpace, Dim, Layout, Size, same_size, size_of
 from .contractions import Contraction, contraction
-from .emit import Emitter
+from .factored import Cut, Factor, Factored, Whole
 from .layouts import Part, is_cast, is_tensor, layout_step, shape_of
 from .nodes import args_of, argument
 from .roles import peel
@@ -26,110 +24,6 @@ from .scalars import read_scalar
 from .sites import AttentionSite, Operand
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Cut:
-    """`taken` are the elements of `whole` from `start` on."""
-
-    taken: Dim
-    whole: Dim
-    start: Size
-    length: Size
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Columns start .. of the operand's width. With `tokens` the operand has only some of the tensor's tokens."""
-
-    start: Size
-    length: Size
-    width: Dim
-    tokens: Cut | None
-    operand: Operand
-    reader: fx.Node
-    """What reads the end of the operand's chain."""
-
-    @property
-    def end(self) -> fx.Node:
-        """What the part is made by, behind layout operations."""
-        return self.operand.root
-
-    def keys(self, site: AttentionSite) -> Dim:
-        """The axes of the tokens in the tensors that the part is made of."""
-        return site.space.resolve(site.axes.keys if self.tokens is None else self.tokens.whole)
-
-    def emit_of_keys(
-        self, emit: Emitter, site: AttentionSite, operand: Operand, heads: Dim, width: Dim, dtype: torch.dtype
-    ) -> fx.Node:
-        """A tensor of the part as [batch, heads, keys, width]."""
-        emit.learn(operand.chain)
-        node = place(emit, operand, (site.axes.batch, heads, self.keys(site), width), site)
-        if self.tokens is not None:
-            length = emit.size(site.space.resolve(site.axes.keys))
-            start = self.tokens.start
-            end = length + start if isinstance(length, int) else emit.call(operator.add, length, start)
-            node = emit.call(aten.slice.Tensor, node, 2, start, end)
-        return emit.cast(node, dtype)
-
-
-@dataclass(frozen=True)
-class Factored(_Part):
-    """Columns start .. of the operand's width: weights times a latent, plus a bias, times a number."""
-
-    latent: Operand
-    latent_width: Dim
-    weight: fx.Node
-    weight_layout: Layout
-    contraction: fx.Node
-    bias: fx.Node | None = None
-    bias_layout: Layout = ()
-    factor: float = 1.0
-    cuts: tuple[Cut, ...] = ()
-
-    def emit_weight(self, emit: Emitter, site: AttentionSite, heads: Dim, dtype: torch.dtype) -> fx.Node:
-        """[heads, width, latent width], a view of the weight."""
-        return self._emit(emit, site, self.weight, self.weight_layout, (heads, self.width, self.latent_width), dtype)
-
-    def emit_bias(self, emit: Emitter, site: AttentionSite, heads: Dim, dtype: torch.dtype) -> fx.Node | None:
-        """[heads or 1, width]."""
-        if self.bias is None:
-            return None
-        return self._emit(emit, site, self.bias, self.bias_layout, (heads, self.width), dtype)
-
-    def _emit(
-        self, emit: Emitter, site: AttentionSite, node: fx.Node, layout: Layout, target: Layout, dtype: torch.dtype
-    ) -> fx.Node:
-        space = site.space
-        for cut in reversed(self.cuts):  # the one nearest to the weight first
-            layout, whole = space.resolve_layout(layout), space.resolve(cut.whole)
-            merged = (whole, *(dim for dim in ((a,) for a in flat(layout)) if dim[0] not in whole))
-            node = emit.relayout(node, layout, merged)
-            end = cut.start + cut.length
-            node = emit.call(aten.slice.Tensor, node, 0, cut.start, end)
-            layout = (cut.taken, *merged[1:])
-        node = emit.cast(emit.relayout(node, layout, target), dtype)
-        return node if self.factor == 1.0 else emit.call(aten.mul.Tensor, node, self.factor)
-
-    def left_whole(self) -> Whole:
-        """The part as what it is, whatever it was made of."""
-        return Whole(self.start, self.length, self.width, self.tokens, self.operand, self.reader)
-
-    def heads(self, site: AttentionSite) -> Dim:
-        """The head axes that the weight tells apart."""
-        space = site.space
-        found = set(space.axes(self.weight_layout))
-        for cut in self.cuts:
-            found |= space.axes((cut.taken,))
-        return tuple(a for a in (*site.axes.heads, *site.axes.groups) if a in found)
-
-
-@dataclass(frozen=True)
-class Whole(_Part):
-    """Columns start .. of the operand's width that are no such product, and the node at which the walk ended."""
-
-
-Factor = Factored | Whole
 
 
 def factor(operand: Operand, width: Dim, site: AttentionSite) -> tuple[Factor, ...]:
@@ -151,6 +45,7 @@ class _State:
     cuts: tuple[Cut, ...] = ()
     factor: float = 1.0
     tokens: Cut | None = None
+    padding: int = 0
 
 
 def _walk(state: _State, site: AttentionSite) -> list[Factor]:
@@ -172,9 +67,11 @@ def _walk(state: _State, site: AttentionSite) -> list[Factor]:
             state = replace(state, node=args_of(node)[0], layout=layout)
         elif (scaled := scaled_by_number(node)) is not None:
             state = replace(state, node=scaled[0], layout=layout, factor=state.factor * scaled[1])
+        elif (beside_zeros := _padded(state, layout, site)) is not None:
+            return beside_zeros
         elif (parts := _joined(state, layout, space)) is not None:
             return [found for part in parts for found in _walk(part, site)]
-        elif (found := _product(state, layout, site)) is not None:
+        elif (found := _product(state, layout, site) or _sum(state, layout, site)) is not None:
             return [found]
         else:
             break
@@ -251,6 +148,28 @@ def _joined(state: _State, layout: Layout, space: AxisSpace) -> list[_State] | N
     return states
 
 
+def _padded(state: _State, layout: Layout, site: AttentionSite) -> list[Factor] | None:
+    """Against zeros on the right of the width: the parts of what they were put beside, if weights make one of them."""
+    node, space = state.node, site.space
+    if node.target not in (aten.pad.default, aten.constant_pad_nd.default) or state.cuts or state.padding:
+        return None
+    source, widths = args_of(node)[0], list(args_of(node)[1])
+    whole = node.target is aten.pad.default  # the other one has no mode
+    value = argument(node, 3 if whole else 2, "value", None)
+    zeros = value in (None, 0) and (not whole or argument(node, 2, "mode", "constant") == "constant")
+    if len(widths) != 2 or widths[0] != 0 or not isinstance(widths[1], int) or widths[1] <= 0 or not zeros:
+        return None
+    if layout[-1] != space.resolve(state.width):
+        return None
+    own = space.fresh("d", shape_of(source)[-1])
+    inner = (*layout[:-1], own)
+    before = replace(
+        state, node=source, layout=inner, width=own, padding=widths[1], top=(source, inner), joined_by=node
+    )
+    parts = _walk(before, site)
+    return parts if any(isinstance(part, Factored) for part in parts) else None
+
+
 def _product(state: _State, layout: Layout, site: AttentionSite) -> Factored | None:
     """The node as weights times a latent, or None."""
     found = contraction(state.node)
@@ -308,7 +227,56 @@ def _read(
         bias_layout=bias_layout,
         factor=state.factor,
         cuts=state.cuts,
+        padding=state.padding,
     )
+
+
+def _sum(state: _State, layout: Layout, site: AttentionSite) -> Factored | None:
+    """W c + B (A c) = (W + B A) c: the products of an adapter that was not merged."""
+    node = state.node
+    if node.target is not aten.add.Tensor or node.kwargs or not all(map(is_tensor, args_of(node)[:2])):
+        return None
+    found: list[Factored] = []
+    for operand in args_of(node)[:2]:
+        shapes = shape_of(operand), shape_of(node)
+        if len(shapes[0]) != len(shapes[1]) or not all(map(same_size, *shapes)):
+            return None
+        parts = _walk(replace(state, node=operand, layout=layout), site)
+        if len(parts) != 1 or not isinstance(parts[0], Factored) or parts[0].tokens is not None:
+            return None
+        found.append(parts[0])
+    one, other = sorted(found, key=lambda part: part.bias is None)
+    if other.bias is not None:
+        return None
+    for first, second in ((one, other), (one, _from_behind(other, site)), (_from_behind(one, site), other)):
+        if first is None or second is None or not set(second.heads(site)) <= set(first.heads(site)):
+            continue
+        if _same_latent(first, second, site.space):
+            return replace(first, addends=(*first.addends, second))
+    return None
+
+
+def _from_behind(part: Factored, site: AttentionSite) -> Factored | None:
+    """B (A c) as a product with c, where the tensor that B is applied to is A c."""
+    if part.inner is not None or part.addends:
+        return None
+    latent = part.latent
+    found = _walk(_State(latent.node, latent.layout, 0, part.latent_width), site)
+    inner = found[0] if len(found) == 1 else None
+    if not isinstance(inner, Factored) or inner.bias is not None or inner.heads(site):
+        return None
+    return replace(part, latent=inner.latent, latent_width=inner.latent_width, inner=inner)
+
+
+def _same_latent(one: Factored, other: Factored, space: AxisSpace) -> bool:
+    """Whether two products are made of the same tensor, token for token."""
+
+    def source(part: Factored) -> tuple[fx.Node, Layout]:
+        node, layout = part.latent.chain[-1]
+        width = space.resolve(part.latent_width)
+        return node, tuple(() if dim == width else dim for dim in space.resolve_layout(layout))
+
+    return source(one) == source(other) and same_size(size_of(one.latent_width), size_of(other.latent_width))
 
 
 def _aligned(addend: fx.Node | None, layout: Layout) -> Layout:

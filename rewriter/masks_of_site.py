@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import fx
 
-from .axes import Dim, Layout
+from .axes import Axis, Dim, Layout, size_of
 from .layouts import is_tensor
 from .masks.prove import Form, MaskReader
 from .masks.terms import Flags, MaskProof, Opaque
 from .sites import AttentionSite, Bias, Fill
+from .sizes import concrete
 
 
 @dataclass(frozen=True)
@@ -78,3 +80,22 @@ def describe_masks(site: AttentionSite) -> str:
         words.append("opaque")
     kept = [word for word in dict.fromkeys(words) if word != "none"]
     return "; ".join(kept) or "none"
+
+
+def place_in(axes: Dim, index: int) -> dict[Axis, int]:
+    """The index on every axis that makes up one place in their product, the last axis running fastest."""
+    count = concrete(size_of(axes))
+    if not 0 <= index < count:
+        raise IndexError(f"there is no head {index}: the batch has {count} together, counted from 0")
+    place: dict[Axis, int] = {}
+    for axis in reversed(axes):
+        index, place[axis] = divmod(index, concrete(axis.size))
+    return place
+
+
+def index_along(dim: Dim, place: Mapping[Axis, int]) -> int:
+    """The index along a dimension at a place; axes that the place does not name count as 0."""
+    flat = 0
+    for axis in dim:
+        flat = flat * concrete(axis.size) + place.get(axis, 0)
+    return flat

@@ -6,7 +6,6 @@ the way, and looks at products of activations that no softmax follows.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Collection, Iterable, Iterator
 
 import torch
@@ -16,7 +15,7 @@ from .axes import AxisSpace, Layout
 from .contractions import Contraction, contraction
 from .layouts import is_tensor, layout_step, shape_of
 from .nodes import args_of
-from .provenance import is_learned
+from .provenance import is_learned, operator_name
 from .sites import Bias, Cast, Dropout, Fill, Gate, Miss, Scale
 from .sizes import hints_near
 from .walks import Refused, carriers, open_product, score_step, value_contraction, weight_step
@@ -154,10 +153,5 @@ def _walk(start: Iterable[fx.Node], onwards: Callable[[fx.Node], Iterable[fx.Nod
 
 
 def _name(node: fx.Node) -> str:
-    """The operator as a user knows it: "pow", "topk"; the members of a list are what made them."""
-    if node.target is operator.getitem:
-        return _name(args_of(node)[0])
-    packet = getattr(node.target, "overloadpacket", None)
-    name = str(getattr(packet, "__name__", None) or getattr(node.target, "__name__", node.target))
-    inputs = args_of(node)[:2]
+    name, inputs = operator_name(node), args_of(node)[:2]
     return f"{name} by itself" if len(inputs) == 2 and inputs[0] is inputs[1] else name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import re
 import sysconfig
 from dataclasses import dataclass
@@ -13,7 +14,16 @@ from torch import fx
 
 from .compat import source_name
 
-__all__ = ["SourceLine", "attribute_path", "is_learned", "module_path", "source_line", "user_frames"]
+__all__ = [
+    "SourceLine",
+    "attribute_path",
+    "is_learned",
+    "module_path",
+    "operator_name",
+    "source_line",
+    "tensor_name",
+    "user_frames",
+]
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,23 @@ def module_path(node: fx.Node) -> str:
         if isinstance(path, str):
             return attribute_path(path.split("@")[0])
     return ""
+
+
+def operator_name(node: fx.Node) -> str:
+    """The operator as a user knows it: "pow", "topk"; the members of a list are what made them."""
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return operator_name(node.args[0])
+    packet = getattr(node.target, "overloadpacket", None)
+    return str(getattr(packet, "__name__", None) or getattr(node.target, "__name__", node.target))
+
+
+def tensor_name(node: fx.Node) -> str:
+    """A tensor as a user knows it: an input by its path or its argument, a result by the operator that made it."""
+    if node.op != "placeholder":
+        return operator_name(node)
+    source = source_name(node)
+    root = _ROOT.match(source)
+    return attribute_path(source) or (root["name"] if root else node.name)
 
 
 def is_learned(node: fx.Node) -> bool:

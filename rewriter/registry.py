@@ -10,12 +10,13 @@ A distribution adds its own through entry points whose values are modules that r
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -34,6 +35,8 @@ KINDS: dict[str, str] = {
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Rule = TypeVar("Rule")
+Examples = tuple[tuple[Callable[..., Any], Mapping[str, str | float]], ...]
+"""Functions with the dimensions of their arguments: ((attend, dict(q="B H S D", k="B H T D", v="B H T E")),)."""
 
 ALL = "*"
 """In `before` or `after`: all others, except those of which something else is said."""
@@ -77,17 +80,22 @@ class LibraryCall:
 _lowerings: dict[str, Callable[..., Any]] = {}
 _printers: dict[str, Callable[..., Any]] = {}
 _patterns: dict[str, list[Callable[..., Any]]] = {kind: [] for kind in KINDS}
+_examples: dict[Callable[..., Any], Examples] = {}
 _rewrites: dict[str, RewriteEntry] = {}
 _listeners: list[Callable[[], None]] = []
 
 
-def pattern(kind: Kind) -> Callable[[Function], Function]:
-    """Register a function that reads one kind of thing. Later registrations are asked first."""
+def pattern(kind: Kind, *, examples: Examples = ()) -> Callable[[Function], Function]:
+    """Register a function that reads one kind of thing. Later registrations are asked first.
+
+    `examples` are functions that are read as attention, or read further, with it alone, for its check.
+    """
     if kind not in KINDS:
         raise ValueError(f"unknown kind of pattern {kind!r}; the kinds are {', '.join(KINDS)}")
 
     def register(function: Function) -> Function:
         _patterns[kind].insert(0, function)
+        _examples[function] = examples
         _changed()
         return function
 
@@ -158,6 +166,21 @@ def unregister_pattern(function: Callable[..., Any]) -> None:
         if function in known:
             known.remove(function)
             _changed()
+    _examples.pop(function, None)
+
+
+@contextlib.contextmanager
+def left_out(function: Callable[..., Any]) -> Iterator[None]:
+    """As if a pattern were not registered, until the block ends; what is compiled already stays."""
+    _load()
+    places = [(known, known.index(function)) for known in _patterns.values() if function in known]
+    for known, place in places:
+        del known[place]
+    try:
+        yield
+    finally:
+        for known, place in places:
+            known.insert(place, function)
 
 
 def on_change(listener: Callable[[], None]) -> None:
@@ -184,6 +207,11 @@ def patterns(kind: Kind) -> tuple[Callable[..., Any], ...]:
     """The registered patterns of one kind, the newest first."""
     _load()
     return tuple(_patterns[kind])
+
+
+def examples_of(function: Callable[..., Any]) -> Examples:
+    """What a registered pattern declares that it reads."""
+    return _examples.get(function, ())
 
 
 def rewrites() -> tuple[RewriteEntry, ...]:

@@ -12,18 +12,31 @@ from pathlib import Path
 from typing import Any
 
 import sympy
+import torch
+from torch import fx
 
 from .describe import Shape, equation, shape
+from .head_pictures import head_pictures
 from .mask_pictures import mask_picture
 from .masks_of_site import describe_masks
 from .mutations import Mutations
 from .origins.text import describe_origins
-from .provenance import module_path, source_line
+from .provenance import module_path, source_line, user_frames
 from .report_text import render, render_report
-from .rules import Verdict
+from .rules import Timing, Verdict
 from .sites import AttentionSite, Miss
 
-__all__ = ["Break", "GraphReport", "MissReport", "Report", "SiteReport", "render", "report_miss", "report_site"]
+__all__ = [
+    "Break",
+    "GraphReport",
+    "MissReport",
+    "Report",
+    "SiteReport",
+    "render",
+    "report_miss",
+    "report_site",
+    "why_again",
+]
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,9 @@ class SiteReport:
 
     picture: tuple[str, ...] = ()
     """What the mask was proven to do, see `mask_pictures`."""
+
+    heads: tuple[tuple[str, ...], ...] = ()
+    """The same for each head, where they differ, see `head_pictures`."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +97,8 @@ class GraphReport:
     """Of the stage "rewrite", by rewrite."""
 
     failure: str = ""
+    again: str = ""
+    """Why torch compiled this piece of the program once more, in its words: the guard that failed."""
 
     @property
     def compilation(self) -> str:
@@ -145,6 +163,10 @@ class Report:
         """The sites and misses of the modules that match `site`, and of the near misses the `near` nearest alone."""
         return dataclasses.replace(self, graphs=tuple(_filtered(graph, site, near) for graph in self.graphs))
 
+    def timed(self, timings: Mapping[str, Timing]) -> Report:
+        """The same with what was measured, by the names of the certificates."""
+        return dataclasses.replace(self, graphs=tuple(_timed(graph, timings) for graph in self.graphs))
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -163,6 +185,14 @@ class Report:
         return render_report(self)
 
 
+def _timed(graph: GraphReport, timings: Mapping[str, Timing]) -> GraphReport:
+    def timed(verdict: Verdict) -> Verdict:
+        known = timings.get(verdict.certificate) if verdict.outcome == "applied" else None
+        return dataclasses.replace(verdict, timing=known)
+
+    return dataclasses.replace(graph, verdicts=tuple(map(timed, graph.verdicts)))
+
+
 def _filtered(graph: GraphReport, pattern: str, near: int | None) -> GraphReport:
     def wanted(path: str) -> bool:
         return not pattern or fnmatch.fnmatchcase(path, pattern) or path.startswith(f"{pattern}.")
@@ -177,7 +207,13 @@ def _filtered(graph: GraphReport, pattern: str, near: int | None) -> GraphReport
     )
 
 
-def report_site(index: int, site: AttentionSite, writes: Mutations, hints: Mapping[sympy.Symbol, int]) -> SiteReport:
+def report_site(
+    index: int,
+    site: AttentionSite,
+    writes: Mutations,
+    hints: Mapping[sympy.Symbol, int],
+    buffers: Mapping[fx.Node, torch.Tensor],
+) -> SiteReport:
     return SiteReport(
         index,
         module_path(site.anchor),
@@ -188,6 +224,7 @@ def report_site(index: int, site: AttentionSite, writes: Mutations, hints: Mappi
         shape(site),
         tuple(describe_origins(site, writes).values()),
         mask_picture(site, hints),
+        head_pictures(site, hints, buffers),
     )
 
 
@@ -201,6 +238,15 @@ def report_miss(miss: Miss) -> MissReport:
         miss.node.name,
         miss.reached,
     )
+
+
+def why_again(reason: str) -> str:
+    """torch's reason for a recompilation in a line: the guard without what stands around it, and the user's line."""
+    first = reason.partition("\n")[0].removeprefix(reason.partition(": ")[0] + ": ")
+    guard = re.split(r"\s{2,}# ", first, maxsplit=1)[0].strip()
+    line = next(reversed(user_frames(reason)), None)
+    said = guard if "expected" in guard or not guard else f"no longer so: {guard}"
+    return f"{said}   {line.short()}" if line else said
 
 
 def short(node: Any) -> str:

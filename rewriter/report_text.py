@@ -7,13 +7,25 @@ import textwrap
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from .units import plural, size_text
+from .units import error_text, plural, seconds_text, size_text, times_text
 
 if TYPE_CHECKING:
     from .report import GraphReport, MissReport, Report, SiteReport
     from .rules import Verdict
 
-__all__ = ["MARKS", "collapse", "grouped", "hanging", "render", "render_report"]
+__all__ = [
+    "MARKS",
+    "alike",
+    "collapse",
+    "grouped",
+    "hanging",
+    "merged",
+    "merged_origins",
+    "render",
+    "render_report",
+    "site_classes",
+    "timing_text",
+]
 
 Item = TypeVar("Item")
 Block = tuple[str, ...]
@@ -21,6 +33,7 @@ Block = tuple[str, ...]
 
 MARKS = {"applied": "✓", "refused": "–", "not paying": "–", "off": "·", "undone": "✗", "failed": "✗"}
 WIDTH = 110
+_NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 def render_report(report: Report) -> str:
@@ -42,7 +55,7 @@ def render(graph: GraphReport, first: GraphReport | None = None) -> str:
     again = f" · {first.name.partition(' [')[0]} once more" if first else ""
     total = sum(graph.seconds.values())
     head = f"{graph.name}{again} · {graph.nodes} nodes" + (f" · latent took {total:.2f} s" if total else "")
-    lines = [head, "─" * len(head)]
+    lines = [head, "─" * len(head), *(hanging("compiled again, torch says: ", graph.again) if graph.again else ())]
     if graph.failure:
         return "\n".join([*lines, f"✗ failed      {graph.failure}", "              the graph stays as it is"])
     known = {block for _, blocks in _sections(first) for block in blocks} if first else set()
@@ -67,28 +80,43 @@ def _sections(graph: GraphReport) -> Iterator[tuple[str, list[Block]]]:
 
 
 def _sites(sites: Sequence[SiteReport]) -> Iterator[Block]:
-    groups = grouped(sites, lambda s: (s.equation, s.line, s.spelling, s.mask, s.shape, s.origins))
+    groups = site_classes(sites)
     places = [collapse([site.path for site in same]) or "the model itself" for same in groups]
     width = max(map(len, places), default=0)
-    for place, (site, *_) in zip(places, groups, strict=True):
-        origins = [line for origin in site.origins for line in hanging("  ", origin)]
-        yield f"{place:<{width}}   {site.line}", f"  {site.equation}", f"  {_shape(site)}", *origins
+    for place, same in zip(places, groups, strict=True):
+        site = same[0]
+        origins = [line for each in merged_origins(same) for line in hanging("  ", each)]
+        mask = merged([s.mask for s in same])
+        yield f"{place:<{width}}   {site.line}", f"  {site.equation}", *hanging("  ", _shape(site, mask)), *origins
 
 
-def _shape(site: SiteReport) -> str:
+def site_classes(sites: Sequence[SiteReport]) -> list[list[SiteReport]]:
+    """Sites that are the same, layer numbers in their words aside."""
+
+    def key(site: SiteReport) -> Hashable:
+        return (site.equation, site.line, site.spelling, alike(site.mask), site.shape, tuple(map(alike, site.origins)))
+
+    return grouped(sites, key)
+
+
+def merged_origins(same: Sequence[SiteReport]) -> tuple[str, ...]:
+    return tuple(merged(each) for each in zip(*(site.origins for site in same), strict=True))
+
+
+def _shape(site: SiteReport, mask: str) -> str:
     s = site.shape
     heads = "1 head" if s.heads == "1" else f"{s.heads} heads"
     heads += f" in groups of {s.groups}" if s.groups != "1" else ""
     width = f"width {s.width}" if s.width == s.value_width else f"widths {s.width} and {s.value_width}"
     queries = "1 query" if s.queries == "1" else f"{s.queries} queries"
-    mask = "no mask" if site.mask == "none" else f"mask {site.mask}"
+    mask = "no mask" if mask == "none" else f"mask {mask}"
     return " · ".join([site.spelling, heads, width, f"{queries} × {s.keys} keys", s.dtype, mask])
 
 
 def _verdicts(graph: GraphReport) -> Iterator[Block]:
     verdicts = graph.verdicts
     taken = {v.site for v in verdicts if v.outcome == "applied"}
-    groups = grouped(verdicts, lambda v: (v.rewrite, v.outcome, v.reason))
+    groups = grouped(verdicts, lambda v: (v.rewrite, v.outcome, alike(v.reason)))
     sites = {v.rewrite: sum(w.rewrite == v.rewrite for w in verdicts) for v in verdicts}
     name = max((len(v.rewrite) for v in verdicts), default=0)
     outcome = max((len(v.outcome) for v in verdicts), default=0)
@@ -107,16 +135,26 @@ def _detail(same: Sequence[Verdict], places: Collection[str]) -> str:
     errors = [v.error for v in same if v.error is not None]
     known = [v.estimate for v in same if v.estimate is not None]
     before, after = sum(e.bytes_before for e in known), sum(e.bytes_after for e in known)
-    traffic = f"moves {size_text(before)} → {size_text(after)}" if known else ""
+    traffic = f"moves {size_text(before)} → {size_text(after)}" if before or after else ""
     if same[0].outcome == "applied":
-        largest = f"{max(errors):.0e}" if any(errors) else "0"
         uncertified = f"not certified ({same[0].reason})" if same[0].reason else "not certified"
-        certified = f"certified, relative error {largest} in fp64" if errors else uncertified
-        return " · ".join(filter(None, (certified, traffic)))
+        certified = f"certified, relative error {error_text(max(errors))} in fp64" if errors else uncertified
+        timing = timing_text(same)
+        parts = (certified, _whole(traffic), _whole(f"takes {timing}") if timing else "")
+        return " · ".join(filter(None, parts))
     if same[0].outcome == "not paying":
         return " · ".join(filter(None, (same[0].reason, traffic)))
     places = {same[0].line} if same[0].outcome in ("undone", "failed") else places
-    return same[0].reason + (f"   {next(iter(places))}" if len(places) == 1 else "")
+    return merged([v.reason for v in same]) + (f"   {next(iter(places))}" if len(places) == 1 else "")
+
+
+def timing_text(same: Sequence[Verdict]) -> str:
+    """What equal verdicts save together, where it was measured: "81.2 µs → 57 µs, 1.4 × as fast"."""
+    timings = [v.timing for v in same if v.timing is not None]
+    if not timings:
+        return ""
+    before, after = sum(t.before for t in timings), sum(t.after for t in timings)
+    return f"{seconds_text(before)} → {seconds_text(after)}, {times_text(before / after)}"
 
 
 def _misses(misses: Sequence[MissReport], code: bool = True) -> Iterator[Block]:
@@ -154,9 +192,29 @@ def collapse(paths: Sequence[str]) -> str:
         return ""
     if len(paths) == 1:
         return paths[0]
-    pieces = [re.split(r"(\d+)", path) for path in paths]
+    text = _over(paths, r"(\d+)")
+    return f"{paths[0]} … × {len(paths)}" if text is None else f"{text} × {len(paths)}"
+
+
+_LAYER = r"(?<=[A-Za-z_]\.)(\d+)\b"
+"""A number as a step of a path: no decimals."""
+
+
+def alike(text: str) -> str:
+    """The text without numbers of layers: equal for what differs in them alone."""
+    return re.sub(_LAYER, "#", text)
+
+
+def merged(texts: Sequence[str]) -> str:
+    """Texts that are alike as one: layers.0.seen is given, layers.1.seen is given -> layers.[0-1].seen is given."""
+    return _over(texts, _LAYER) or texts[0]
+
+
+def _over(texts: Sequence[str], number: str) -> str | None:
+    """The texts as one, with ranges of numbers where they differ; None where they differ elsewhere."""
+    pieces = [re.split(number, text) for text in texts]
     if len({len(p) for p in pieces}) != 1:
-        return f"{paths[0]} … × {len(paths)}"
+        return None
     text = ""
     for column in zip(*pieces, strict=True):
         values = list(dict.fromkeys(column))
@@ -165,8 +223,8 @@ def collapse(paths: Sequence[str]) -> str:
         elif all(value.isdigit() for value in values):
             text += f"[{_ranges(sorted(map(int, values)))}]"
         else:
-            return f"{paths[0]} … × {len(paths)}"
-    return f"{text} × {len(paths)}"
+            return None
+    return text
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -191,7 +249,13 @@ def grouped(items: Iterable[Item], key: Callable[[Item], Hashable]) -> list[list
 def hanging(start: str, text: str) -> list[str]:
     """`text` behind `start`, further lines below its beginning."""
     width = max(WIDTH, len(start) + 40)
-    return textwrap.wrap(text, width, initial_indent=start, subsequent_indent=" " * len(start)) or [start.rstrip()]
+    lines = textwrap.wrap(text, width, initial_indent=start, subsequent_indent=" " * len(start)) or [start.rstrip()]
+    return [line.replace(_NO_BREAK, " ") for line in lines]
+
+
+def _whole(text: str) -> str:
+    """A part of a text for `hanging` that stays on one line."""
+    return text.replace(" ", _NO_BREAK)
 
 
 def _times(same: Sequence[object]) -> str:

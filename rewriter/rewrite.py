@@ -23,6 +23,7 @@ from .mutations import Mutations, base_of
 from .options import Options
 from .provenance import source_line
 from .recognise import recognise_at
+from .regions import Regions, cut_out
 from .registry import ALL, RewriteEntry, rewrites
 from .rules import Match, Refusal, Rewrite, Verdict
 from .sites import AttentionSite
@@ -45,10 +46,14 @@ class Rewritten:
 
 
 def rewrite_graph(
-    graph: fx.Graph, sites: Sequence[AttentionSite], options: Options, hints: Mapping[sympy.Symbol, int]
+    graph: fx.Graph,
+    sites: Sequence[AttentionSite],
+    options: Options,
+    hints: Mapping[sympy.Symbol, int],
+    regions: dict[str, Regions] | None = None,
 ) -> Rewritten:
-    """Apply the rules that `options` allow, in place."""
-    run = _Run(graph, list(sites), options, hints)
+    """Apply the rules that `options` allow, in place. `regions` receives what certificates compare, by their names."""
+    run = _Run(graph, list(sites), options, hints, regions)
     seconds: dict[str, float] = {}
     for entry in rewrites():
         start = time.perf_counter()
@@ -73,8 +78,9 @@ class _Run:
         sites: list[AttentionSite],
         options: Options,
         hints: Mapping[sympy.Symbol, int],
+        regions: dict[str, Regions] | None,
     ) -> None:
-        self.graph, self.options, self.hints = graph, options, hints
+        self.graph, self.options, self.hints, self.regions = graph, options, hints, regions
         self.current: list[AttentionSite | None] = list(sites)
         self.taken_by: dict[int, RewriteEntry] = {}
         self.session = Session(written=lambda node: base_of(node) in self.mutations.writes)
@@ -142,6 +148,8 @@ class _Run:
             return replace(
                 verdict, outcome="undone", reason=reason, error=certificate.error, certificate=certificate.name
             )
+        if self.regions is not None and certificate is not None and certificate.name not in self.regions:
+            self.regions[certificate.name] = cut_out(Comparison.of(site.output, new, emit.behind(new), ()))
         emit.replaces(site.region)
         site.output.replace_all_uses_with(new, propagate_meta=False)
         replaced = self.session.replaced

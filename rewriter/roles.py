@@ -56,7 +56,7 @@ def roles_of(
     told_apart = [axis for axis in single if axis in masked]
     if len(told_apart) == len(single):
         told_apart = []
-    queries = told_apart or free or single[-1:]
+    queries = told_apart or free or ([] if _one_row(scores, keys, space) else single[-1:])
     repeated = [axis for axis in order if axis in indexed and axis not in roots]
     shared = [axis for axis in order if axis in indexed and axis not in repeated]
     groups = [axis for axis in order if axis in repeated or (axis in single and axis not in queries)]
@@ -78,6 +78,12 @@ def _sits_in_rows(axis: Axis, scores: Layout, queries: Sequence[Layout]) -> bool
     return (bool(last) and scores.index(last[0]) >= len(scores) - 2) or any(
         axis in layout[-2] for layout in queries if len(layout) >= 2
     )
+
+
+def _one_row(scores: Layout, keys: Dim, space: AxisSpace) -> bool:
+    """Whether the scores are [.. 1 T]: one query token, and what only queries have are heads that share keys."""
+    rows = [dim for dim in scores[-2:] if space.resolve(dim) != keys]
+    return len(scores) > 3 and rows == [()]
 
 
 def resolved(step: ScoreStep, space: AxisSpace) -> ScoreStep:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .registry import KINDS, RewriteEntry, patterns, rewrites
+from .registry import KINDS, Examples, RewriteEntry, examples_of, patterns, rewrites
 
 __all__ = ["PatternFacts", "RewriteFacts", "pattern_facts", "rewrite_facts"]
 
@@ -48,6 +48,8 @@ class PatternFacts:
     more: str
     defined: str
     source: str
+    examples: tuple[str, ...]
+    """What it declares that it reads: functions, with the dimensions of their arguments."""
 
 
 def rewrite_facts() -> list[RewriteFacts]:
@@ -90,6 +92,7 @@ def _pattern(kind: str, function: Callable[..., Any]) -> PatternFacts:
         _more(function),
         _defined(function),
         _source(function),
+        tuple(_declared(examples_of(function))),
     )
 
 
@@ -154,12 +157,16 @@ def _literal(text: ast.expr) -> Iterator[str]:
 
 
 def _examples(rule: Any) -> Iterator[str]:
-    for function, declared in getattr(rule, "examples", ()):
-        yield f"{function.__name__}({_arguments(declared)})"
+    yield from _declared(getattr(rule, "examples", ()))
     example = None if isinstance(rule, type) else getattr(rule, "example", None)
     if example is not None:
         tensors = {name: " ".join(_dimension(dim) for dim in t.dims) for name, t in example.tensors.items()}
         yield f"{rule.pattern.__name__}({_arguments({**tensors, **example.scalars})})"
+
+
+def _declared(examples: Examples) -> Iterator[str]:
+    for function, arguments in examples:
+        yield f"{function.__name__}({_arguments(arguments)})"
 
 
 def _dimension(names: tuple[str, ...]) -> str:

@@ -6,8 +6,8 @@ class MyRewrite:                                    registered with @latent.rewr
     def benefit(self, match) -> Benefit             bytes and operations before and after
     def build(self, match, emit) -> fx.Node         new nodes for `site.output`; never edits in place
 
-A class may have `examples = ((function, dict(q="B H S D", ...)),)`, functions that it should match, for its check. The
-short form of a rewrite, `latent.replace`, is in `rewriter.custom`.
+For its check a class may have `examples = ((function, dict(q="B H S D", ...)),)`, functions that it should match, and
+`example_sizes = {"S": (2, 8)}`, least and largest sizes. The short form, `latent.replace`, is in `rewriter.custom`.
 """
 
 from __future__ import annotations
@@ -84,6 +84,15 @@ class Estimate:
     bytes_after: float
 
 
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of what was replaced and of what replaces it, both compiled, on random inputs of the site's sizes."""
+
+    before: float
+    after: float
+    device: str
+
+
 class Rewrite(Protocol):
     def match(self, site: AttentionSite) -> Match | Refusal: ...
 
@@ -112,3 +121,6 @@ class Verdict:
 
     estimate: Estimate | None = None
     """What the rewrite was expected to save, where it matched."""
+
+    timing: Timing | None = None
+    """What it saves, where that was measured."""

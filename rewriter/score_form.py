@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
 from .axes import AxisSpace, Layout
+from .compat import guarded_number
 from .layouts import is_tensor
 from .roles import peel
 from .sites import (
@@ -51,12 +52,15 @@ class Unusual:
 
 def score_form(site: AttentionSite) -> ScoreForm | Unusual:
     """The steps of a site in normal order, or what is unusual about them."""
-    scale, cap = 1.0, None
+    scale, cap = 1.0, 1.0
     scale_by: list[Scale] = []
     masks: list[Bias | Fill | Scale] = []
     sinks: list[Sink] = []
     capped = False
+    with_cap = any(isinstance(step, Tanh) for step in site.steps)
     for position, step in enumerate(site.steps):
+        if with_cap and isinstance(step, Scale):
+            step = _with_number(step)
         match step:
             case Cast():
                 continue
@@ -64,14 +68,14 @@ def score_form(site: AttentionSite) -> ScoreForm | Unusual:
                 return Unusual("the scores are scaled after a sink was appended", step.node)
             case Scale(by=None):
                 if capped:
-                    cap = (cap or 1.0) * step.factor
+                    cap *= step.factor
                 else:
                     scale *= step.factor
                 if masks:
                     masks.append(step)
             case Scale():
                 if capped:
-                    return Unusual("a soft cap is scaled by a tensor", step.node)
+                    return Unusual("a soft cap is scaled by what only running the graph tells", step.node)
                 if reason := _not_separable(step, site):
                     return Unusual(reason, step.node)
                 scale_by.append(step)
@@ -80,7 +84,7 @@ def score_form(site: AttentionSite) -> ScoreForm | Unusual:
             case Tanh():
                 if capped or masks or sinks:
                     return Unusual("tanh is applied to masked scores", step.node)
-                capped, cap = True, 1.0
+                capped = True
             case Bias() if _ignored(step, site, site.steps[position + 1 :]):
                 continue
             case Bias() | Fill():
@@ -95,9 +99,21 @@ def score_form(site: AttentionSite) -> ScoreForm | Unusual:
                 return Unusual("the mask is multiplied in and its numbers need not be zeros and ones", step.node)
             case _:
                 return Unusual(f"{step.node.target} is no step of a fused attention", step.node)
-    if capped and cap is not None:
-        scale *= cap  # tanh(a x) b = cap tanh(scale x / cap), cap = b, scale = a b
-    return ScoreForm(scale, tuple(scale_by), cap, tuple(masks), tuple(sinks))
+    if capped and cap == 0.0:
+        return Unusual("the soft cap is 0", next(step.node for step in site.steps if isinstance(step, Tanh)))
+    # tanh(a x) b = cap tanh(scale x / cap), scale = a b, cap = |b|: the right side is the same for cap and -cap
+    scale *= cap
+    return ScoreForm(scale, tuple(scale_by), abs(cap) if capped else None, tuple(masks), tuple(sinks))
+
+
+def _with_number(step: Scale) -> Scale:
+    """The step with the number behind a symbol: a fused operator takes its cap as a number. Adds a guard."""
+    if step.by is None or is_tensor(step.by):
+        return step
+    number = guarded_number(step.by.meta["val"])
+    if number is None or (step.divide and not number):
+        return step
+    return replace(step, by=None, factor=1.0 / number if step.divide else number)
 
 
 def readable_sinks(scores: ScoreForm, site: AttentionSite) -> Unusual | None:

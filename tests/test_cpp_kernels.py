@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from latent.kernels import cpp_library, generated
+from latent.kernels import cpp_library, generated, latent_attention
 from latent.kernels.cpp_library import build, compiler, isa, kernel, library
 from latent.kernels.cpp_source import ISAS, Isa, source
 from latent.kernels.generated import kernel_for, reference
@@ -292,3 +292,12 @@ def test_one_openmp_runtime() -> None:
     built(PLAIN, isa())(call)
     maps = Path("/proc/self/maps").read_text().splitlines()
     assert len({line.split()[-1] for line in maps if "omp" in Path(line.split()[-1]).name}) == 1
+
+
+def test_absorbed_results_of_a_batch_have_the_strides_that_compiled_code_expects():
+    generator = torch.Generator().manual_seed(0)
+    query, latent, up = (torch.randn(shape, generator=generator) for shape in ((2, 6, 1, 4), (2, 1, 40, 5), (2, 4, 5)))
+    arguments = (query, None, latent, None, None, up, up, None, None, None, 0.5, 0.0, False, 0)
+    found = latent_attention.either(*arguments)
+    assert latent_attention.threshold_of(latent_attention.LatentCall(*arguments)) > 1
+    assert found.stride() == latent_attention.shape_of_result(*arguments).stride()

@@ -149,6 +149,23 @@ def test_symbolic_sizes_match_and_a_condition_on_them_becomes_a_guard() -> None:
     assert [v.outcome for v in latent.reports().verdicts if v.rewrite == "mine"] == ["applied", "refused"]
 
 
+class Capped(torch.nn.Module):
+    """A soft cap that dynamic shapes make a symbol of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cap = 30.0
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return capped(q, k, v, self.cap, 0.25)
+
+
+def test_a_symbolic_cap_is_one_of_the_numbers_of_a_pattern() -> None:
+    replace_capped(lambda q, k, v, cap, scale: capped(q / 2, k, v, cap, 2 * scale))
+    found = outcome("mine", Capped(), *qkv(), dynamic=True)
+    assert found.verdict.outcome == "applied" and found.error < 1e-5
+
+
 def capped_at_30(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return capped(q, k, v, 30.0, 0.25)
 
@@ -397,14 +414,30 @@ def test_without_hypothesis_the_check_says_what_to_install(monkeypatch: pytest.M
 
 
 def test_a_class_declares_its_examples() -> None:
-    runpy.run_path(str(EXAMPLE.with_name("write_a_rewrite.py")))
+    plain = runpy.run_path(str(EXAMPLE.with_name("write_a_rewrite.py")))["PlainAttention"]
+    closed = torch.library.custom_op(
+        "custom_rewrites::closed", Tensor.clone, mutates_args=(), schema="(Tensor x) -> Tensor"
+    )
+    closed.register_fake(torch.empty_like)
+
+    @latent.rewrite("mine", exact=True)
+    class WithoutGradient(plain):  # type: ignore[misc]
+        """softmax(scale · q kᵀ) v  ->  closed(scaled_dot_product_attention(q, k, v, scale))."""
+
+        examples: Any = ()
+
+        def build(self, match: Any, emit: Any) -> Any:
+            return emit.call(torch.ops.custom_rewrites.closed.default, super().build(match, emit))
+
     with pytest.raises(ValueError, match="declares no example"):
-        latent.testing.check_rewrite("use_my_kernel")
-    entry = next(entry for entry in rewrites() if entry.name == "use_my_kernel")
-    entry.rule.examples = ((lambda q, k, v, scale: (scale * (q @ k.mT)).softmax(-1) @ v, {**QKV, "scale": 0.5}),)
+        latent.testing.check_rewrite("mine")
+    WithoutGradient.examples = ((lambda q, k, v, scale: (scale * (q @ k.mT)).softmax(-1) @ v, {**QKV, "scale": 0.5}),)
     with pytest.raises(latent.testing.RewriteCheckFailed, match="gradient"):
-        latent.testing.check_rewrite("use_my_kernel", examples=5)
-    assert latent.testing.check_rewrite("use_my_kernel", examples=5, gradient=False).applied
+        latent.testing.check_rewrite("mine", examples=5)
+    assert latent.testing.check_rewrite("mine", examples=5, gradient=False).applied
+    WithoutGradient.example_sizes = {"D": (7, 7)}
+    with pytest.raises(latent.testing.RewriteCheckFailed, match="D=7"):
+        latent.testing.check_rewrite("mine", examples=5)
 
 
 # ** order and caches **

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from latent.rewriter.registry import rewrites, unregister
+from latent.rewriter.registry import KINDS, patterns, rewrites, unregister, unregister_pattern
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -18,6 +18,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 def run(path):
     output, before = io.StringIO(), {entry.name for entry in rewrites()}
+    known = {function for kind in KINDS for function in patterns(kind)}
     try:
         with contextlib.redirect_stdout(output):
             runpy.run_path(str(path), run_name="__main__")
@@ -25,6 +26,8 @@ def run(path):
         for entry in rewrites():
             if entry.name not in before:
                 unregister(entry.name)
+        for function in {function for kind in KINDS for function in patterns(kind)} - known:
+            unregister_pattern(function)
     return output.getvalue()
 
 
@@ -57,9 +60,15 @@ def test_python_of_the_readme_runs():
     assert "1 ['self_attn']" in output.getvalue()
 
 
-def test_the_rewrite_in_the_readme_is_the_examples():
-    shown = re.search(r"```py\n(@latent.rewrite\(.*?)```", README, re.S)[1]
-    assert shown.strip() in (ROOT / "examples" / "write_a_rewrite.py").read_text()
+@pytest.mark.parametrize(("form", "example"), [("rewrite", "write_a_rewrite"), ("pattern", "custom_spelling")])
+def test_the_code_in_the_readme_is_the_examples(form, example):
+    shown = re.search(rf"```py\n(@latent.{form}\(.*?)```", README, re.S)[1]
+    assert shown.strip() in (ROOT / "examples" / f"{example}.py").read_text()
+
+
+def test_the_check_in_the_readme_is_the_examples():
+    shown = re.search(r"examples/custom_spelling.py\n✓ (.*?)```", README, re.S)[1]
+    assert shown in run(ROOT / "examples" / "custom_spelling.py")
 
 
 def test_the_table_of_options_is_that_of_the_code():

@@ -3,11 +3,13 @@
 import copy
 import dataclasses
 import json
+import re
 
 import latent
 import pytest
 import torch
 from latent.rewriter.describe import Shape
+from latent.rewriter.environment import Run
 from latent.rewriter.options import Options
 from latent.rewriter.report import Break, GraphReport, MissReport, Report, SiteReport
 from latent.rewriter.rules import Estimate, Verdict
@@ -238,6 +240,33 @@ def test_a_part_of_a_report(model):
     assert "layers.1   test_explain.py" in str(report.only(site="layers.1"))
 
 
+class Calls(nn.Module):
+    def forward(self, q, scale=None):
+        return (q @ q.mT * (2 if scale is None else scale)).softmax(-1) @ q
+
+    def several(self, q):
+        self(q), self(q[:, :, :3]), self(q[:, :, :3], scale=3)
+
+
+@torch.no_grad()
+def test_what_is_compiled_again_says_why_in_torchs_words():
+    report = latent.explain(Calls().several)(torch.randn(2, 4, 6, 8))
+    first, second, third = (graph.again for graph in report.graphs)
+    assert not first
+    assert second == "tensor 'q' size mismatch at index 2. expected 6, actual 3"
+    assert re.fullmatch(r"no longer so: scale (is|==) None   test_explain.py:\d+", third)
+    assert str(report).count("compiled again, torch says: ") == 2
+    pytest.importorskip("jinja2")
+    assert "size mismatch at index 2" in page_of(report)
+
+
+def page_of(report):
+    from latent.rewriter.page.reading import Material
+    from latent.rewriter.page.render import render
+
+    return render(Material(report, Run())).split("Graphs and breaks")[1].split("Environment")[0]
+
+
 # ** text, from values **
 
 
@@ -275,6 +304,45 @@ def test_what_did_not_change_is_told_apart():
     misses = [MissReport("a", f"m.py:{n}", "x", f"reason {n}", "node", 1) for n in range(2)]
     text = str(Report((graph(misses=misses[:1]), graph(1, "0/1", misses=misses))))
     assert "near misses   2 · others as before" in text and text.count("reason 0") == 1
+
+
+class Buffered(nn.Module):
+    """Attention whose mask is known when it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+        self.register_buffer("seen", torch.rand(5, 5) > 0.1)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return (q @ k.mT).masked_fill(~self.seen, -torch.inf).softmax(-1) @ v
+
+
+class Twelve(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(*(Buffered() for _ in range(12)))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@torch.no_grad()
+def test_layers_that_differ_in_their_own_names_are_one_line():
+    report = latent.explain(Twelve())(torch.randn(2, 3, 5, 16))
+    said = " ".join(str(report).split())
+    assert "layers.[0-11] × 12 test_explain.py" in said
+    assert "mask opaque: layers.[0-11].seen is an input of the graph" in said
+    assert "refused 12 of 12 the mask is not proven: layers.[0-11].seen is an input" in said
+    assert {site.mask.partition(" is ")[0] for site in report.sites} == {f"opaque: layers.{n}.seen" for n in range(12)}
+
+
+def test_numbers_that_are_no_layers_are_kept_apart():
+    shown = graph(paths=("a.0", "a.1"))
+    reasons = (dataclasses.replace(v, outcome="refused", reason=f"scaled by 0.{v.site}") for v in shown.verdicts)
+    text = str(Report((dataclasses.replace(shown, verdicts=tuple(reasons)),)))
+    assert "scaled by 0.0" in text and "scaled by 0.1" in text
 
 
 def test_undone_verdicts_show_their_line():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import latent
 import pytest
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,42 @@ def test_two_products_are_one_of_twice_the_width() -> None:
     assert found.verdict.outcome == "applied" and found.error < 1e-5
 
 
+class Capped(torch.nn.Module):
+    """A soft cap that is an attribute: with dynamic shapes Dynamo makes a symbol of it."""
+
+    def __init__(self, cap: float) -> None:
+        super().__init__()
+        self.cap = cap
+        self.v = torch.nn.Linear(E, E)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return (torch.tanh(query @ key.mT / self.cap) * self.cap).softmax(-1) @ self.v(value)
+
+
+@pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_symbolic_soft_cap_is_bound_by_a_guard(inner: str) -> None:
+    torch._dynamo.reset()
+    model = Capped(0.7).eval()
+    compiled = torch.compile(model, backend="latent", dynamic=True, options={"inner": inner, "strict": True})
+    for number, cap in enumerate((0.7, 0.3, -2.0, 30), 1):  # the last is an int
+        model.cap = cap
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(*qkv()), model(*qkv()))
+        report = latent.reports()
+        assert len(report.graphs) == number and report.count("fuse_attention") == number
+        assert f"{abs(cap):g} tanh(" in report.sites[-1].equation
+
+
+def test_what_a_cap_must_not_be() -> None:
+    found = outcome("fuse_attention", lambda q, k, v: (torch.tanh(q @ k.mT) * 0.0).softmax(-1) @ v, *qkv())
+    assert found.verdict.outcome == "refused" and found.verdict.reason == "the soft cap is 0"
+    found = outcome("fuse_attention", lambda q, k, v: (torch.tanh(q @ k.mT) * q.sum()).softmax(-1) @ v, *qkv())
+    assert found.verdict.outcome == "refused" and "only running the graph tells" in found.verdict.reason
+    assert found.error < 1e-5
+
+
 FUSED = {
+    "negative soft cap": lambda q, k, v: (torch.tanh(q @ k.mT / 3) * -5).softmax(-1) @ v,
     "soft cap": lambda q, k, v: (torch.tanh(q @ k.mT / 5) * 5).softmax(-1) @ v,
     "off by one": lambda q, k, v: F.pad(q @ k.mT, (0, 1)).softmax(-1)[..., :-1] @ v,
     "sinks of heads": lambda q, k, v: (

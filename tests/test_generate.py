@@ -16,12 +16,10 @@ import latent
 from transformers import CompileConfig
 from zoo.build import build
 
-MODELS = ("llama", "mistral", "deepseek_v3", "mixtral", "gemma2", "gpt2", "gpt_neox")
+MODELS = ("llama", "mistral", "deepseek_v3", "mixtral", "gemma2", "gpt2", "gpt_neox", "falcon")
 NEW_TOKENS = 12
 EAGER = {"inner": "eager", "strict": True}
 WITHOUT_SDPA = {"gemma2"}
-WITHOUT_FUSION = {"gemma2"}
-"""Soft-capped scores, for which there is no fused call."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +47,10 @@ QUICK = (
     Case("deepseek_v3", "sdpa", "static", None),
     Case("mixtral", "sdpa", "static", None),
     Case("gemma2", "eager", "dynamic", None),
+    Case("gemma2", "eager", "static", True),
     Case("gpt2", "eager", "dynamic", True),
     Case("gpt_neox", "sdpa", "dynamic", None),
+    Case("falcon", "sdpa", "dynamic", True),
 )
 WITH_INDUCTOR = (
     Case("llama", "eager", "dynamic", None),
@@ -87,7 +87,7 @@ def generate(model: Any, cache: str, **changes: Any) -> Any:
     """Greedy tokens and the logits behind them; no token ends the text."""
     with torch.no_grad():
         return model.generate(
-            **prompts(),
+            **{**prompts(), **changes},
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
             pad_token_id=0,
@@ -95,7 +95,6 @@ def generate(model: Any, cache: str, **changes: Any) -> Any:
             cache_implementation="static" if cache == "static" else None,
             return_dict_in_generate=True,
             output_logits=True,
-            **changes,
         )
 
 
@@ -121,7 +120,7 @@ def check(case: Case, options: dict[str, Any]) -> None:
     assert report.graphs and not any(graph.failure for graph in report.graphs)
     assert {verdict.outcome for verdict in report.verdicts} <= {"applied", "refused", "not paying", "off"}
     assert all(len(graph.sites) == model.config.num_hidden_layers for graph in report.graphs)
-    if case.attn == "eager" and case.model not in WITHOUT_FUSION:
+    if case.attn == "eager":
         fused, absorbed = report.count("fuse_attention"), report.count("absorb_up_projection")
         assert fused + absorbed == len(report.sites)
 
@@ -154,6 +153,37 @@ def test_automatic_compilation_with_the_default_mode_of_the_library() -> None:
     config = CompileConfig(backend="latent")
     config._compile_all_devices = True
     assert_same_tokens(generate(model, "static", compile_config=config), expected)
+
+
+# ** models that nothing here was written for **
+
+FAMILIES = (
+    *("mpt", "gpt_bigcode", "codegen", "stablelm", "cohere2", "persimmon", "nemotron", "glm4", "exaone4", "smollm3"),
+    *("diffllama", "doge", "gemma3_text", "xglm"),
+)
+ONLY_EAGER = {"mpt", "codegen", "xglm"}
+OTHERS = [
+    pytest.param(Case(*case), id=str(Case(*case)), marks=pytest.mark.slow)
+    for case in product(FAMILIES, ("eager", "sdpa"), ("dynamic", "static"), (None, True))
+    if not (case[0] in ONLY_EAGER and case[1] == "sdpa")
+]
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_families(case: Case) -> None:
+    """Three rows, two of them padded on the left; every attention spelled out is fused."""
+    ids = torch.randint(12, 30, (3, 7), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :2] = mask[2, :4] = 0
+    rows = {"input_ids": ids, "attention_mask": mask}
+    model = build(case.model, attn=case.attn).model
+    expected = generate(model, case.cache, **rows)
+    model.compile(backend="latent", dynamic=case.dynamic, options=EAGER)
+    assert_same_tokens(generate(model, case.cache, **rows), expected)
+    report = latent.reports()
+    assert report.graphs and not any(graph.failure or graph.near_misses for graph in report.graphs)
+    done = report.count("fuse_attention") + report.count("absorb_up_projection")
+    assert report.sites and (case.attn == "sdpa" or done == len(report.sites))
 
 
 # ** compilations **

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import latent
 import pytest
 import torch
 import torch.nn.functional as F
@@ -216,3 +217,40 @@ def test_without_matplotlib_the_extra_is_named(file: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = run(f"{file}:make", "--out", "m.png")
     assert result.exit_code == 1 and "torch-latent[report]" in result.stderr
+
+
+class Spans(torch.nn.Module):
+    """Each head sees as many of the last keys as a buffer says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("spans", torch.tensor([1, 2, 4]))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        distance = rows() - torch.arange(S)
+        return attend(q @ k.mT, v, (distance >= 0) & (distance < self.spans[:, None, None]))
+
+
+def spans_of_sizes(q, k, v):
+    distance = rows() - torch.arange(S)
+    return attend(q @ k.mT, v, (distance >= 0) & (distance < 1 + torch.arange(H)[:, None, None]))
+
+
+@pytest.mark.parametrize("model", [Spans(), spans_of_sizes])
+def test_heads_that_differ_are_drawn_one_by_one(model: Callable[..., Tensor], tmp_path: Path) -> None:
+    with torch.no_grad():
+        report = latent.explain(model)(*inputs())
+        wanted = [mask.visible for head in range(H) for mask in effective_masks(model, inputs(), {}, head)]
+    (site,) = report.sites
+    assert [[[c == "#" for c in row] for row in head] for head in site.heads] == [w.tolist() for w in wanted]
+    pytest.importorskip("jinja2")
+    report.to_html(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert page.count('aria-label="mask of head') == H and "pale: differs by head" in page
+
+
+@pytest.mark.parametrize("model", [causal, padded, unmasked, three_largest])
+def test_heads_that_agree_or_are_not_known_are_not(model: Callable[..., Tensor]) -> None:
+    with torch.no_grad():
+        (site,) = latent.explain(model)(*inputs()).sites
+    assert site.heads == ()

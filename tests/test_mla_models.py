@@ -122,3 +122,44 @@ def test_decoding_is_absorbed_and_as_eager(name: str, attn: str, cache: str) -> 
         assert graph.count("absorb_up_projection") == (0 if name in BROKEN else len(graph.sites))
     if name in BROKEN:
         assert "the keys come from an input of the graph" in reasons(decode)
+
+
+@pytest.mark.parametrize("cached", [40, pytest.param(300, marks=pytest.mark.slow)])
+def test_absorbing_rounds_no_more_than_twice_as_much_as_expanding(cached: int) -> None:
+    """bfloat16 logits of a prefill and three tokens, compared with float64 ones: tokens may differ where these tie."""
+    config = transformers.DeepseekV2Config(
+        hidden_size=640,
+        num_attention_heads=20,
+        num_key_value_heads=20,
+        num_hidden_layers=2,
+        first_k_dense_replace=2,
+        intermediate_size=256,
+        vocab_size=256,
+        q_lora_rank=None,
+    )
+    torch.manual_seed(0)
+    plain = transformers.DeepseekV2ForCausalLM(config).eval().to(torch.bfloat16)
+    tokens = torch.randint(0, 256, (2, cached + 3))
+
+    def logits(dtype: torch.dtype, backend: str | None) -> torch.Tensor:
+        model = transformers.DeepseekV2ForCausalLM(config).eval().to(torch.bfloat16)
+        model.load_state_dict(plain.state_dict())
+        model.to(dtype)
+        if backend:
+            model.compile(backend=backend, options={"inner": "eager", "strict": True})
+        cache = transformers.DynamicCache(config=config)
+        with torch.no_grad():
+            parts = [
+                model(tokens[:, start:stop], past_key_values=cache).logits
+                for start, stop in ((0, cached), *((cached + n, cached + n + 1) for n in range(3)))
+            ]
+        return torch.cat(parts, 1).double()
+
+    exact = logits(torch.float64, None)
+    expanded, absorbed = (logits(torch.bfloat16, backend) - exact for backend in (None, "latent"))
+    decode = decoding(latent.reports())
+    assert decode and all(graph.count("absorb_up_projection") == 2 for graph in decode)
+    for tokens_of in (slice(0, cached), slice(cached, None)):
+        ours, own = (error[:, tokens_of].square().mean().sqrt() for error in (absorbed, expanded))
+        print(f"{cached} cached, {tokens_of}: {ours:.1e} absorbed, {own:.1e} expanded")
+        assert ours <= 2 * own

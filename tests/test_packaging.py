@@ -6,6 +6,7 @@ import importlib.metadata
 from pathlib import Path
 
 import pytest
+from latent.rewriter.command.scaffold import PATTERN, REWRITE
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads TOML")
 
@@ -30,6 +31,7 @@ def test_every_other_file_in_a_package_is_its_data() -> None:
     }
     there = {path for folder in INSTALLED for path in (ROOT / folder).rglob("*") if path.is_file()}
     assert {path for path in there if path.suffix not in (".py", ".pyc", ".md")} <= listed
+    assert {ROOT / "examples" / f"{scaffold.example}.py" for scaffold in (PATTERN, REWRITE)} <= listed
 
 
 def test_kernels_is_no_regular_package() -> None:

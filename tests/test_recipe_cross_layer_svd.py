@@ -19,6 +19,7 @@ from latent.passes.recipes.cross_layer_svd import CrossLayerSVD, cached_numbers
 from latent.rewriter.convert import factored
 from latent.rewriter.convert.layer_groups import _partition, even_groups, given_groups
 from latent.rewriter.convert.layers import ConversionRefused
+from zoo.build import build
 
 WIDTH = 16
 """G d of the model, keys and values alike."""
@@ -62,6 +63,21 @@ def test_full_rank_reproduces_the_logits(bases: Any, max_length: int | None, gro
     found = decode(made, latent.LatentCache(made, max_length), ids(), PROMPT, padded())
     seen = padded().bool()
     assert_close(found[seen], forward(model, ids(), padded())[seen])
+
+
+@pytest.mark.parametrize("bases", ["prompt", "calibrated"])
+def test_keys_with_a_norm_are_kept_after_it(bases: Any) -> None:
+    """As of Qwen3; it stands before rope, so it changes nothing for what is cached."""
+    model = build("qwen3").model
+    widths = [layer.cached // 2 for layer in decoder_of(model).layers]
+    recipe = CrossLayerSVD(group=2, rank_key=widths[0], rank_value=widths[0], bases=bases, least=0)
+    size = model.config.vocab_size
+    text = TEXT % size
+    made = converted(model, recipe, text)
+    cache = latent.LatentCache(made)
+    found, wanted = decode(made, cache, ids() % size, PROMPT), forward(model, ids() % size)
+    assert type(made.model.layers[0].self_attn.memory).__name__ == "CrossLayerMemory"
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_without_its_cache_the_model_is_the_original() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from latent.passes.recipes.head_spans import HeadSpans, SpanReach, permute_heads
 from latent.passes.recipes.joint_latent import JointLatent
 from latent.rewriter.convert import span_attention
 from latent.rewriter.convert.attention import ConvertedAttention
-from latent.rewriter.convert.layers import ConversionRefused
+from latent.rewriter.convert.calibrate import Calibration
+from latent.rewriter.convert.layers import ConversionRefused, Decoder
 from latent.rewriter.convert.read_decoder import read_decoder
 from latent.rewriter.convert.span_plan import SpanPlan
 from latent.rewriter.convert.spans import Full, Span, Strided, Window, seen
@@ -46,6 +48,7 @@ MODELS = {
 SPANS: tuple[Span, ...] = (Window(2, 3, 0.25), Full(), Window(0, 5))
 
 
+@functools.cache
 def model_of(name: str = "llama", spelling: str = "sdpa") -> Any:
     config, sizes = MODELS[name]
     spelling = "eager" if name == "gemma2" else spelling
@@ -60,8 +63,25 @@ def plan_of(model: Any, spans: Sequence[Span] = SPANS) -> SpanPlan:
     return SpanPlan((spans, spans[::-1]))
 
 
-def converted(model: nn.Module, plan: SpanPlan) -> Any:
-    return latent.convert(model, HeadSpans(plan=plan))
+@functools.cache
+def decoder_of(model: Any) -> Decoder:
+    return read_decoder(model)
+
+
+def converted(model: Any, plan: SpanPlan) -> Any:
+    """As latent.convert, with what was read of the model before."""
+    return by_recipes(model, [HeadSpans(plan=plan)], None)
+
+
+def by_recipes(model: Any, recipes: Sequence[Any], tokens: Tensor | None) -> Any:
+    decoder = decoder_of(model)
+    attentions = [ConvertedAttention.of(layer) for layer in decoder.layers]
+    for one in recipes:
+        one.convert(attentions, decoder, Calibration(model, tokens))
+    made = copy.deepcopy(model)
+    for layer, attention in zip(decoder.layers, attentions, strict=True):
+        made.set_submodule(layer.path, attention.eval())
+    return made
 
 
 def ids(rows: int = 2, length: int = 40, seed: int = 0) -> Tensor:
@@ -212,7 +232,7 @@ def test_spans_as_long_as_the_text_and_permuted_heads_change_nothing() -> None:
 
 @pytest.mark.parametrize("name", ["qwen2", "gpt_neox"])
 def test_heads_in_any_order_give_the_same(name: str) -> None:
-    decoder = read_decoder(model_of(name))
+    decoder = decoder_of(model_of(name))
     hidden = torch.randn(2, 7, 48, dtype=torch.float64)
     turns = torch.randn(2, 2, 7, 4 if name == "gpt_neox" else 8, dtype=torch.float64)
     for layer in decoder.layers:
@@ -288,12 +308,15 @@ def test_caches_start_again_and_forget_only_what_they_can(length: int | None) ->
         cache.crop(-4)
     cache.reset()
     close(by_steps(made, ids(), cache, [40]), wanted)
+    if length is not None:
+        with pytest.raises(ValueError, match="60 \\+ 5 tokens are more than max_length=64"):
+            by_steps(made, ids(2, 65), latent.LatentCache(made, 64), [60, 5])
 
 
 def test_a_saved_model_loads_as_it_was(tmp_path: Path) -> None:
     model = model_of("qwen2")
     plan = plan_of(model)
-    made = converted(model, plan)
+    made = latent.convert(model, HeadSpans(plan=plan))
     made.save_pretrained(tmp_path)
     loaded = latent.load(tmp_path, attn_implementation="sdpa")
     with torch.no_grad():
@@ -302,7 +325,7 @@ def test_a_saved_model_loads_as_it_was(tmp_path: Path) -> None:
 
 
 def test_fixed_rings_compile_once_and_decode_with_split_keys() -> None:
-    model = model_of().float()
+    model = copy.deepcopy(model_of()).float()
     made = converted(model, plan_of(model))
     wanted = by_steps(made, ids(1), None, [40])
     cache = latent.LatentCache(made, 64)
@@ -334,20 +357,22 @@ def test_what_does_not_hold_is_refused_with_a_reason() -> None:
         ([HeadSpans(density=0.1, sinks=8, measure="uniform")], "leaves no room beside 8 sinks"),
     ):
         with pytest.raises(ConversionRefused, match=reason):
-            latent.convert(model, recipes, ids(4))
+            by_recipes(model, recipes, ids(4))
     with pytest.raises(ConversionRefused, match="it learns from text, and none was given"):
-        latent.convert(model, HeadSpans())
+        by_recipes(model, [HeadSpans()], None)
 
 
-@pytest.mark.parametrize("spelling", ["sdpa", "eager"])
-def test_a_model_that_sees_ahead_is_refused(spelling: str) -> None:
-    model = model_of("llama", spelling)
-    model.config.is_causal = False
-    for layer in model.model.layers:
-        layer.self_attn.is_causal = False
-    reason = {"eager": "its tokens see later ones", "sdpa": "computes something besides what was read"}[spelling]
-    with pytest.raises(ConversionRefused, match=reason):
-        converted(model, plan_of(model))
+def test_a_model_that_sees_ahead_is_refused() -> None:
+    model = model_of()
+    decoder = decoder_of(model)
+    ahead = copy.deepcopy(model)
+    for layer in ahead.model.layers:
+        everything = {"attention_mask": torch.ones(1, 1, 24, 24, dtype=torch.bool)}
+        layer.self_attn.register_forward_pre_hook(lambda _, a, k: (a, {**k, **everything}), with_kwargs=True)  # noqa: B023
+    attentions = [ConvertedAttention.of(layer) for layer in decoder.layers]
+    with pytest.raises(ConversionRefused, match="its tokens see later ones"):
+        HeadSpans(plan=plan_of(model)).convert(attentions, decoder, Calibration(ahead, None))
+    assert all(attention.reach is None for attention in attentions)
 
 
 def test_a_mask_for_each_head_is_refused() -> None:
@@ -362,7 +387,7 @@ def test_a_mask_for_each_head_is_refused() -> None:
 @pytest.mark.parametrize("lengths", [(), (32, 64)])
 def test_plans_are_found_on_text_and_hold_their_density(measure: Any, lengths: tuple[int, ...]) -> None:
     model = model_of()
-    made = latent.convert(model, HeadSpans(density=0.5, sinks=2, measure=measure, lengths=lengths), ids(3, 48))
+    made = by_recipes(model, [HeadSpans(None, 0.5, measure, 2, lengths=lengths)], ids(3, 48))
     reaches = [module for module in made.modules() if isinstance(module, SpanReach)]
     assert len(reaches) == 2
     for n, length in enumerate(lengths or (48,)):

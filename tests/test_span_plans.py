@@ -136,6 +136,13 @@ def test_the_integer_program_finds_the_best_plan(classes: int) -> None:
     assert not classes or all(len(set(spans)) <= classes for spans in found.plan.layers)
 
 
+def test_spans_grow_to_lengths_that_the_text_does_not_reach() -> None:
+    assert not any(isinstance(span, Window) and span.beta for span in candidates((512,), 4, 512))
+    beyond = candidates((8192,), 4, 512)
+    assert all(span == Full() or (isinstance(span, Window) and span.beta) for span in beyond)
+    assert min(span.rows(512) for span in beyond) < 0.05 * 512
+
+
 def test_more_room_never_costs_more() -> None:
     choices = candidates((128,), 4)
     draws = (torch.rand(3, len(choices), generator=torch.Generator().manual_seed(n)) for n in (0, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import latent
 import pytest
 import torch
 import torch.nn.functional as F
@@ -37,9 +38,46 @@ def test_calls_with_one_query_token(name: str) -> None:
     assert any("keys split over cores" in line for graph in history.reports().graphs for line in graph.lowered)
 
 
-def test_symbolic_heads_keep_their_call() -> None:
-    found = outcome("split_kv_decode", CALLS["grouped"], *qkv(), dynamic=True)
-    assert found.verdict.outcome == "refused" and "how many heads" in found.verdict.reason
+@pytest.mark.parametrize("batch", [1, B])
+@pytest.mark.parametrize("name", CALLS)
+def test_numbers_of_heads_may_be_symbols(name: str, batch: int) -> None:
+    found = outcome("split_kv_decode", CALLS[name], *(t[:batch] for t in qkv()), dynamic=True)
+    assert found.verdict.outcome == "applied" and found.error < 1e-5
+
+
+def test_one_graph_with_symbolic_heads_serves_other_numbers_of_heads() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(CALLS["grouped"], backend="latent", dynamic=True, options={"inner": "eager"})
+    with torch.no_grad():
+        for heads, keys in ((6, 3), (4, 2), (8, 2), (9, 3)):
+            q, k, v = torch.randn(B, heads, 1, D), torch.randn(B, keys, T, D), torch.randn(B, keys, T, D)
+            torch.testing.assert_close(compiled(q, k, v), CALLS["grouped"](q, k, v))
+    assert len(latent.reports().graphs) == 1
+
+
+@pytest.mark.parametrize("mask", [None, (B, 1, 1, T), (B, K * G, 1, T)], ids=["none", "padding", "per head"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_keys_of_one_head_are_read_once_for_all_heads(mask: tuple[int, ...] | None, dynamic: bool) -> None:
+    """Multi-query attention without a word about groups: the keys broadcast over the heads."""
+    q, k, v = qkv()
+    bias = None if mask is None else torch.randn(mask)
+    found = outcome(
+        "split_kv_decode",
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, bias),
+        *(q, k[:, :1].clone(), v[:, :1].clone()),
+        dynamic=dynamic,
+    )
+    assert found.verdict.outcome == "applied" and found.error < 1e-5
+    benefit = found.verdict.estimate
+    assert benefit is not None and benefit.bytes_before == K * G * benefit.bytes_after
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_one_token_of_multi_query_attention_by_hand_gets_the_same_kernel(per_head: bool) -> None:
+    bias = torch.randn(B, K * G if per_head else 1, 1, T)
+    found = outcome("fuse_attention", lambda q, k, v: (q @ k[:, :1].mT * 0.25 + bias).softmax(-1) @ v[:, :1], *qkv())
+    assert found.verdict.outcome == "applied" and found.error < 1e-5
+    assert any("keys split over cores" in line for graph in history.reports().graphs for line in graph.lowered)
 
 
 def test_a_spelling_by_hand_gets_the_same_kernel() -> None:

@@ -2,10 +2,10 @@
 
     X = [X_1 | ... | X_n]  ≈  A [B_1 | ... | B_n]     A = X Bᵀ [T, r]     B = the r leading eigenvectors of XᵀX
 
-for the keys before rope, and for the values, without their biases. The error is the energy of the singular values that
-were left out. Neighbouring layers say much the same of a token, so n layers need less than n times the rank of one.
-From the prompt, B is the best there is for it, at the price of being kept with it: r·n·Gd numbers, as many as n·Gd more
-tokens take. From calibration text, B is part of the model.
+for the keys before rope (after their norm, if they have one), and for the values, without their biases. The error is
+the energy of the singular values that were left out. Bases of the prompt are the best there are for it, at the price
+of being kept with it: r·n·Gd numbers, as many as n·Gd more tokens take. Bases of calibration text are part of the
+model. Layers are not weighed: to scale them to equal energy first was measured, and it was no better.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ...rewriter.convert.calibrate import Calibration
 from ...rewriter.convert.factored import Factored
 from ...rewriter.convert.layer_groups import cross_moments, even_groups, given_groups, similar_groups
 from ...rewriter.convert.layers import AttentionLayer, ConversionRefused, Decoder, Rotary
-from ...rewriter.convert.memory import FullMemory, Memory, heads_of
+from ...rewriter.convert.memory import FullMemory, Memory, heads_of, unturned_keys
 from ...rewriter.convert.rank import angles
 from ...rewriter.convert.recipe import Needs, part, recipe
 from ...rewriter.convert.rotation import Turns
@@ -59,7 +59,7 @@ class CrossLayerSVD:
         """Put a CrossLayerMemory into every attention of a group. Raises ConversionRefused."""
         groups = self._groups(decoder, calibration)
         key, value = self._ranks(decoder, groups)
-        bases = _bases(decoder, groups, (key, value), calibration) if self.bases == "calibrated" else {}
+        bases = self._bases(decoder, groups, (key, value), calibration) if self.bases == "calibrated" else {}
         for group in groups:
             layers = [decoder.layers[index] for index in group]
             ranks = group_ranks(layers, key, value)
@@ -88,7 +88,7 @@ class CrossLayerSVD:
         if not 0 < self.share <= 1:
             raise ConversionRefused("share", f"{self.share} is no share of the cache; give one above 0, at most 1")
         room, found = self.share * decoder.cached * self.length, (0, 0)
-        for unit in range(1, max(max(layer.groups * layer.key_width for layer in decoder.layers), 2)):
+        for unit in range(1, max(_widths(decoder.layers)[0]) + 1):
             ranks = (unit, -(-3 * unit // 2))
             if cached_numbers(decoder, groups, ranks, self.length, self.bases == "prompt") > room:
                 break
@@ -101,15 +101,35 @@ class CrossLayerSVD:
             )
         return found
 
+    def _bases(
+        self,
+        decoder: Decoder,
+        groups: Sequence[Sequence[int]],
+        ranks: tuple[int, int],
+        calibration: Calibration,
+    ) -> dict[int, list[Tensor]]:
+        """B_l of the keys of every layer, [r, G d], and of its values, from calibration text."""
+        from ...rewriter.convert.factor_layers import leading
+
+        found: dict[int, list[Tensor]] = {}
+        moments = cross_moments(decoder, groups, calibration, self.name)
+        for group, pair in zip(groups, moments, strict=True):
+            layers = [decoder.layers[index] for index in group]
+            for moment, rank, widths in zip(pair, group_ranks(layers, *ranks), _widths(layers), strict=True):
+                for index, basis in zip(group, leading(moment, rank).split(widths, -1), strict=True):
+                    found.setdefault(index, []).append(basis.contiguous())
+        return found
+
 
 def group_ranks(layers: Sequence[AttentionLayer], key: int, value: int) -> tuple[int, int]:
     """Ranks of a group's keys and values, from those of one layer."""
-    widths = [sum(layer.groups * w for layer, w in zip(layers, of, strict=True)) for of in _widths(layers)]
-    return min(key * len(layers), widths[0]), min(value * len(layers), widths[1])
+    widths = _widths(layers)
+    return min(key * len(layers), sum(widths[0])), min(value * len(layers), sum(widths[1]))
 
 
 def _widths(layers: Sequence[AttentionLayer]) -> tuple[list[int], list[int]]:
-    return [layer.key_width for layer in layers], [layer.value_width for layer in layers]
+    """G d and G e of each layer."""
+    return [layer.groups * layer.key_width for layer in layers], [layer.groups * layer.value_width for layer in layers]
 
 
 def cached_numbers(
@@ -121,26 +141,8 @@ def cached_numbers(
         layers = [decoder.layers[index] for index in group]
         total -= tokens * sum(layer.cached for layer in layers)
         for rank, width in zip(group_ranks(layers, *ranks), _widths(layers), strict=True):
-            columns = sum(layer.groups * w for layer, w in zip(layers, width, strict=True))
-            total += min(rank, tokens) * (tokens + columns * kept_bases)
+            total += min(rank, tokens) * (tokens + sum(width) * kept_bases)
     return total + tokens * decoder.cached
-
-
-def _bases(
-    decoder: Decoder, groups: Sequence[Sequence[int]], ranks: tuple[int, int], calibration: Calibration
-) -> dict[int, tuple[Tensor, Tensor]]:
-    """The bases [r, G d] and [r, G e] of every layer, from calibration text."""
-    from ...rewriter.convert.factor_layers import leading
-
-    found: dict[int, list[Tensor]] = {}
-    moments = cross_moments(decoder, groups, calibration, CrossLayerSVD.name)
-    for group, pair in zip(groups, moments, strict=True):
-        layers = [decoder.layers[index] for index in group]
-        for moment, rank, widths in zip(pair, group_ranks(layers, *ranks), _widths(layers), strict=True):
-            columns = [layer.groups * width for layer, width in zip(layers, widths, strict=True)]
-            for index, basis in zip(group, leading(moment, rank).split(columns, -1), strict=True):
-                found.setdefault(index, []).append(basis.to(decoder.dtype).contiguous())
-    return {index: (pair[0], pair[1]) for index, pair in found.items()}
 
 
 @part
@@ -148,6 +150,7 @@ class CrossLayerMemory(Memory):
     """k = turn(W_k x + b_k);  v = W_v x + b_v, of which a cache keeps what is said above."""
 
     turns_late: ClassVar[bool] = True
+    after_norm: ClassVar[bool] = True
 
     basis_key: Tensor
     basis_value: Tensor
@@ -163,12 +166,12 @@ class CrossLayerMemory(Memory):
     ) -> None:
         super().__init__(rotary)
         self.full = FullMemory(**full, rotary=rotary)
-        self.members, self.ranks, self.least, self.calibrated = tuple(members), (ranks[0], ranks[1]), least, calibrated
+        self.members, self.ranks = tuple(members), (ranks[0], ranks[1])
+        self.least, self.calibrated = least, calibrated
         if calibrated:
-            self.register_buffer("basis_key", self.full.key.weight.new_empty(ranks[0], self.full.key.out_features))
-            self.register_buffer(
-                "basis_value", self.full.value.weight.new_empty(ranks[1], self.full.value.out_features)
-            )
+            key, value = self.full.key, self.full.value
+            self.register_buffer("basis_key", key.weight.new_empty(ranks[0], key.out_features))
+            self.register_buffer("basis_value", value.weight.new_empty(ranks[1], value.out_features))
 
     @classmethod
     def of(
@@ -177,14 +180,14 @@ class CrossLayerMemory(Memory):
         members: Sequence[int],
         ranks: tuple[int, int],
         least: int,
-        bases: tuple[Tensor, Tensor] | None,
+        bases: Sequence[Tensor] | None,
     ) -> CrossLayerMemory:
         full = FullMemory.of(layer)
         with torch.device("meta"):
             made = cls(layer.rotary, full.settings(), members, ranks, least, bases is not None)
         made.full = full
         if bases is not None:
-            made.basis_key, made.basis_value = bases
+            made.basis_key, made.basis_value = (basis.to(full.key.weight) for basis in bases)
         return made
 
     def settings(self) -> dict[str, object]:
@@ -197,11 +200,11 @@ class CrossLayerMemory(Memory):
         }
 
     def new(self, hidden: Tensor, turns: Turns | None) -> tuple[Tensor, Tensor]:
-        key, value = (nn.functional.linear(hidden, linear.weight) for linear in (self.full.key, self.full.value))
-        return heads_of(key, self.full.groups), heads_of(value, self.full.groups)
+        key = unturned_keys(hidden, self.full.key, self.full.key_norm, self.full.groups)
+        return key, heads_of(nn.functional.linear(hidden, self.full.value.weight), self.full.groups)
 
     def read(self, first: Any, second: Any, turns: Turns | None) -> tuple[Any, Any]:
-        key, value = self.full.key.bias, self.full.value.bias
+        key, value = self.full.key.bias if self.full.key_norm is None else None, self.full.value.bias
         if isinstance(first, Factored):
             return replace(first, bias=key, turns=turns, rotary=self.rotary), replace(second, bias=value)
         if turns is not None:  # a fixed cache holds angles of tokens to come

@@ -25,9 +25,10 @@ from ...rewriter.convert.read_decoder import probe_tokens
 from ...rewriter.convert.recipe import Needs, part, recipe
 from ...rewriter.convert.span_allocation import allocate, candidates, window_of
 from ...rewriter.convert.span_attention import AtHand, Keys, attend_spans
-from ...rewriter.convert.span_cache import FixedSpans, GrowingSpans, SpanLayer, leading
+from ...rewriter.convert.span_cache import GrowingSpans, SpanLayer, leading
 from ...rewriter.convert.span_plan import SpanPlan, span_of, span_settings
 from ...rewriter.convert.span_profile import profile_spans
+from ...rewriter.convert.span_rings import FixedSpans
 from ...rewriter.convert.spans import Full, Span, Window
 
 __all__ = ["HeadSpans", "SpanReach"]
@@ -78,11 +79,12 @@ class HeadSpans:
     def _plan(self, attentions: Sequence[ConvertedAttention], decoder: Decoder, calibration: Calibration) -> SpanPlan:
         if self.plan is not None:
             return SpanPlan.load(self.plan) if isinstance(self.plan, str) else self.plan
-        lengths = self.lengths or (calibration.required(self.name).shape[1],)
+        rows = calibration.required(self.name).shape[1]
+        lengths = self.lengths or (rows,)
         groups = [layer.groups for layer in decoder.layers]
         if self.measure == "uniform":
             return SpanPlan(tuple((window_of(self.density, lengths, self.sinks),) * heads for heads in groups))
-        choices = candidates(lengths, self.sinks)
+        choices = candidates(lengths, self.sinks, rows)
         found = profile_spans(attentions, decoder, calibration, choices)
         costs = found.influence if self.measure == "influence" else found.mass
         return allocate(costs, choices, self.density, lengths, self.classes).plan

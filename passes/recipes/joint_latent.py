@@ -1,10 +1,12 @@
 """One latent for keys and values together, by principal components of both; keys are turned after they were rebuilt.
 
-    z = [k / ρ ; v] before rope     M = Σ z zᵀ     R_r = the r leading eigenvectors of M
-    c = R_rᵀ [W_k / ρ ; W_v] x      k = ρ R_r[k] c + b_k      v = R_r[v] c + b_v
+    z = D [k ; v] before rope      M = Σ z zᵀ      R_r = the r leading eigenvectors of M
+    c = R_rᵀ D [W_k ; W_v] x       [k ; v] = D⁻¹ R_r c + [b_k ; b_v]
 
-ρ, the ratio of the two halves' root mean squares, keeps the louder of them from taking all components. Biases stay
-outside of the latent. Nothing is cached but c, r numbers for a token.
+D weighs an error by what reads it: keys by the root mean square of their queries, the same for both columns of a rope
+pair, since rope mixes these; values by (Σ_h W_o,hᵀ W_o,h)^½ over the heads of their group. Then the keys are divided by
+ρ, the ratio of the two halves' root mean squares, which keeps the louder of them from taking all components. Biases
+stay outside of the latent. Nothing is cached but c, r numbers for a token.
 """
 
 from __future__ import annotations
@@ -33,12 +35,14 @@ class JointLatent:
     """Cache one latent of r numbers instead of keys and values; rebuild both from it.
 
     `rank` is r for every layer; without it the ranks fit into `share` of the bytes that keys and values take, angles of
-    the positions included. With `ranks="energy"` layers get what their spectra need, at the same total.
+    the positions included. With `ranks="energy"` layers get what their spectra need, at the same total. Without `weigh`
+    all columns count alike, without `balance` so do keys and values.
     """
 
     rank: int | None = None
     share: float = 0.5
     ranks: Literal["even", "energy"] = "even"
+    weigh: bool = True
     balance: bool = True
 
     name: ClassVar[str] = "joint_latent"
@@ -47,13 +51,20 @@ class JointLatent:
 
     def convert(self, attentions: Sequence[ConvertedAttention], decoder: Decoder, calibration: Calibration) -> None:
         """Put a JointMemory into every attention. Raises ConversionRefused."""
-        moments = calibration.second_moments({layer.path: stacked(layer) for layer in decoder.layers}, self.name)
-        bases = [basis(moments[layer.path], keys_of(layer), self.balance) for layer in decoder.layers]
+        maps = {layer.path: stacked(layer) for layer in decoder.layers}
+        queries = {layer.path: layer.query.flat for layer in decoder.layers} if self.weigh else {}
+        moments, squares = calibration.moments(maps, queries, self.name)
+        weights = [weighing(layer, squares[layer.path]) if self.weigh else None for layer in decoder.layers]
+        bases = [
+            basis(moments[layer.path] if d is None else d @ moments[layer.path] @ d.t(), keys_of(layer), self.balance)
+            for layer, d in zip(decoder.layers, weights, strict=True)
+        ]
         wanted = even_ranks(decoder, self.share) if self.rank is None else [self.rank] * len(bases)
         if self.ranks == "energy":
             wanted = ranks_by_energy([energy for _, energy, _ in bases], sum(wanted))
-        for attention, layer, (vectors, _, rho), rank in zip(attentions, decoder.layers, bases, wanted, strict=True):
-            attention.replace_memory(JointMemory.of(layer, vectors[:, :rank], rho), self.name)
+        for at, (vectors, _, rho) in enumerate(bases):
+            memory = JointMemory.of(decoder.layers[at], vectors[:, : wanted[at]], rho, weights[at])
+            attentions[at].replace_memory(memory, self.name)
 
 
 def keys_of(layer: AttentionLayer) -> int:
@@ -64,6 +75,25 @@ def keys_of(layer: AttentionLayer) -> int:
 def stacked(layer: AttentionLayer) -> Tensor:
     """[W_k ; W_v], [G(d + e), C]."""
     return torch.cat((layer.key.flat, layer.value.flat))
+
+
+def weighing(layer: AttentionLayer, query_squares: Tensor) -> Tensor:
+    """D, [G(d + e), G(d + e)], from Σ q² of every query column [H·d]."""
+    groups, width = layer.groups, layer.key_width
+    felt = query_squares.view(groups, -1, width).sum(1)
+    if (rotary := layer.rotary) is not None:
+        turned = felt[:, rotary.first : rotary.first + rotary.width]
+        if rotary.form == "half":
+            felt[:, rotary.first : rotary.first + rotary.width] = turned.view(groups, 2, -1).mean(1).repeat(1, 2)
+        else:
+            pairs = turned.view(groups, -1, 2).mean(2)
+            felt[:, rotary.first : rotary.first + rotary.width] = pairs.repeat_interleave(2, 1)
+    read = layer.output.weight.double().view(-1, groups, layer.heads // groups, layer.value_width)
+    grams = torch.einsum("cghe,cghf->gef", read, read)
+    energy, vectors = torch.linalg.eigh(grams)
+    roots = energy.clamp_min(1e-8 * float(energy.max())).sqrt()
+    keys = felt.flatten().clamp_min(1e-8 * float(felt.max())).sqrt()
+    return torch.block_diag(torch.diag(keys), *(vectors * roots[:, None]) @ vectors.mT)
 
 
 def basis(moment: Tensor, keys: int, balance: bool = True) -> tuple[Tensor, Tensor, float]:
@@ -110,10 +140,12 @@ class JointMemory(Memory):
         self.up_value = nn.Linear(rank, groups * value_width, bias[1])
 
     @classmethod
-    def of(cls, layer: AttentionLayer, vectors: Tensor, rho: float) -> JointMemory:
-        """From an orthonormal basis [G(d + e), r] of the balanced keys and values."""
+    def of(cls, layer: AttentionLayer, vectors: Tensor, rho: float, weights: Tensor | None = None) -> JointMemory:
+        """From an orthonormal basis [G(d + e), r] of the balanced keys and values, weighed by `weights`, D."""
         keys, dtype = keys_of(layer), layer.key.weight.dtype
         into, up = factors(vectors, keys, rho)
+        if weights is not None:
+            into, up = into @ weights, torch.linalg.solve(weights, up)
         down = into @ stacked(layer).to(vectors)
         rank, hidden = down.shape
         with torch.device("meta"):

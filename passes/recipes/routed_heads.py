@@ -159,7 +159,8 @@ class HeadRouter(HeadGate):
         self, attention: ConvertedAttention, hidden: Tensor, turns: Turns | None, mask: Tensor | None, past: Any
     ) -> Tensor:
         weights, picked = self.weights(hidden)
-        if hidden.shape[:2] == (1, 1) and self.picked < self.route.out_features and not torch.is_grad_enabled():
+        skips = self.picked < self.route.out_features and attention.reach is None  # a reach has caches of its own
+        if skips and hidden.shape[:2] == (1, 1) and not torch.is_grad_enabled():
             return self.one_token(attention, hidden, weights, picked, turns, mask, past)
         heads = attention.attention(hidden, turns, mask, past).unflatten(-1, (len(self.order), -1))
         return attention.output((heads * weights.unsqueeze(-1)).flatten(2))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...kernels.machine import Machine
-from ..units import plural, size_text
+from ..units import error_text, plural, size_text
 from .bench import Bench, PhaseResult
 from .console import aligned
 from .targets import TargetError
@@ -33,7 +33,7 @@ def _phase(phase: PhaseResult, machine: Machine) -> list[str]:
     for r in phase.results:
         spread = f"{_ms(r.times.least)} – {_ms(r.times.most)}"
         compiling = "–" if r.compile_seconds is None else f"{r.compile_seconds:.1f} s"
-        differs = "–" if r is phase.results[0] else f"{r.error:.0e}" if r.error else "0"
+        differs = "–" if r is phase.results[0] else error_text(r.error)
         share = "–" if bound is None else f"{100 * bound / r.times.median:.0f} %"
         faster = f"{base / r.times.median:.2f}×"
         rows.append(

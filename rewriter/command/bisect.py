@@ -13,21 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from ..units import plural
+from ..units import error_text, plural
 from .common import (
     EXPECTATION,
-    FromConfig,
+    HFChoices,
     Json,
     Names,
-    Phase,
-    PhaseChoice,
-    SpellingChoice,
     TargetText,
-    Tokens,
     Verify,
     errors,
     load,
     stdout_is_for_us,
+    takes_choices,
 )
 from .console import progress, show, table
 
@@ -44,6 +41,7 @@ class Inner(str, Enum):
     inductor = "inductor"
 
 
+@takes_choices
 def bisect(
     context: typer.Context,
     target: TargetText,
@@ -58,15 +56,13 @@ def bisect(
         Optional[int],  # noqa: UP045
         typer.Option(min=0, help="Only measure, with this many applications of rewrites."),
     ] = None,
-    phase: PhaseChoice = Phase.prefill,
-    tokens: Tokens = 32,
-    attention: SpellingChoice = None,
-    from_config: FromConfig = False,
+    *,
+    choices: HFChoices,
     as_json: Json = False,
 ) -> None:
     """Find the first application of a rewrite at which the model's output leaves eager's tolerance (exit code 3)."""
     with errors(), stdout_is_for_us():
-        found = load(target, from_config, phase, tokens, attention)
+        found = load(target, choices)
         import torch
 
         from .. import bisect as search
@@ -104,7 +100,7 @@ def _row(result: Bisection, step: Step) -> tuple[str, str, str]:
 
 
 def _error(step: Step) -> str:
-    return "raises" if step.failure else f"{step.error:.0e}" if step.error else "0"
+    return "raises" if step.failure else error_text(step.error)
 
 
 def _conclusion(result: Bisection, command: str) -> Iterator[str]:

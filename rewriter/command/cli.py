@@ -15,15 +15,30 @@ from typing import Annotated, Optional
 import typer
 
 from .bisect import bisect
-from .common import ERROR, EXPECTATION, Json, Phase, Spelling, Verify
-from .common import errors as _errors
-from .common import stdout_is_for_us as _stdout_is_for_us
-from .console import err, progress, show, table
+from .common import (
+    ERROR,
+    FromConfig,
+    HFChoices,
+    Json,
+    Phase,
+    Spelling,
+    SpellingChoice,
+    TargetText,
+    errors,
+    in_a_folder,
+    load,
+    stdout_is_for_us,
+)
+from .console import progress, show, table
+from .convert import SETTINGS as _OF_RECIPES
+from .convert import convert
 from .diff import diff
 from .dump import dump
 from .eval import evaluate
+from .explain import explain
 from .masks import masks
 from .mlir import mlir
+from .recipe_flags import recipes
 from .report import report
 from .rules import patterns, rewrites
 
@@ -35,15 +50,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(dump)
-app.command()(diff)
-app.command()(report)
-app.command()(bisect)
-app.command()(masks)
-app.command()(mlir)
-app.command(name="eval")(evaluate)
-app.add_typer(rewrites, name="rewrites")
-app.add_typer(patterns, name="patterns")
 
 
 class Contestant(str, Enum):
@@ -61,81 +67,8 @@ class CacheKind(str, Enum):
     dynamic = "dynamic"
 
 
-@app.command()
-def explain(
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="TARGET",
-            help="A Hugging Face folder, or FILE.py:FACTORY whose factory returns (model, args, kwargs).",
-        ),
-    ],
-    dynamic: Annotated[bool, typer.Option("--dynamic", help="Trace with dynamic shapes.")] = False,
-    rewrite: Annotated[
-        Optional[list[str]],  # noqa: UP045  # typer reads it while running, on Python 3.10 too
-        typer.Option("--rewrite", metavar="NAME", help="Only this rewrite; may be given several times."),
-    ] = None,
-    verify: Annotated[Verify, typer.Option(help="Certify one of several identical sites, every site, or none.")] = (
-        Verify.fast
-    ),
-    expect: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(metavar="NAME=COUNT", help="Exit with 3 when there is less: attention=30, or a rewrite's name."),
-    ] = None,
-    site: Annotated[
-        str, typer.Option(metavar="PATH", help="Show only modules below this path; * stands for anything.")
-    ] = "",
-    near: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=0, help="Show only so many near misses, the nearest first, and no other softmax."),
-    ] = None,
-    phase: Annotated[Phase, typer.Option(help="For folders: the first forward, or the one for the next token.")] = (
-        Phase.prefill
-    ),
-    tokens: Annotated[int, typer.Option(min=1, help="For folders: how many tokens the prefill has.")] = 32,
-    attention: Annotated[
-        Optional[Spelling],  # noqa: UP045
-        typer.Option(help="For folders: how the attention is spelled; without it, as the folder says."),
-    ] = None,
-    from_config: Annotated[bool, typer.Option("--from-config", help="For folders: random weights.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Show each attention of a model, and for each rewrite whether and why; nothing is changed."""
-    counts = _counts(expect or [])
-    with _errors(), _stdout_is_for_us():
-        with progress("importing torch"):
-            import torch
-
-            from ..explain import explain as look
-            from ..options import read_options
-            from .targets import HFChoices, load_target
-
-            read_options({"rewrites": rewrite or None, "expect": counts})
-        choices = HFChoices(from_config, phase.value, tokens, attention.value if attention else None)
-        with progress(f"loading {target}"):
-            found = load_target(target, choices)
-        with progress("tracing and recognising"), torch.no_grad():
-            run = look(found.model, rewrites=rewrite or None, verify=verify.value, dynamic=dynamic or None)
-            result = run(*found.args, **found.kwargs)
-    short, result = result.shortfall(counts), result.only(site, near)
-    if as_json:
-        print(json.dumps({"target": target, "notes": found.notes, "unmet": short, **result.to_dict()}, default=str))
-    else:
-        show("\n".join([target, *(f"  {note}" for note in found.notes), "", str(result)]))
-    if short:
-        err().print("\n".join(f"expectation failed: {text}" for text in short), style="latent.bad", markup=False)
-        raise typer.Exit(EXPECTATION)
-
-
-@app.command()
 def bench(
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="TARGET",
-            help="A Hugging Face folder, or FILE.py:FACTORY whose factory returns (model, args, kwargs).",
-        ),
-    ],
+    target: TargetText,
     only: Annotated[
         Optional[list[Contestant]],  # noqa: UP045
         typer.Option("--only", help="Only this contestant; may be given several times. The first is the base."),
@@ -158,11 +91,8 @@ def bench(
         typer.Option(min=1, help="How many threads torch computes with."),
     ] = None,
     repeat: Annotated[int, typer.Option(min=1, help="How many rounds; everyone has one turn in each.")] = 15,
-    attention: Annotated[
-        Optional[Spelling],  # noqa: UP045
-        typer.Option(help="For folders: how the attention is spelled; without it, as the folder says."),
-    ] = None,
-    from_config: Annotated[bool, typer.Option("--from-config", help="For folders: random weights.")] = False,
+    attention: SpellingChoice = None,
+    from_config: FromConfig = False,
     as_json: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("--json", metavar="PATH", help="Write all numbers to this file; - is stdout, without the table."),
@@ -175,23 +105,19 @@ def bench(
     """Time a model with eager, inductor and latent side by side: decode, prefill, memory, share of the roofline."""
     contestants = tuple(dict.fromkeys(c.value for c in only or Contestant))
     phases = tuple(dict.fromkeys(p.value for p in phase or (Phase.decode, Phase.prefill)))
-    with _errors(), _stdout_is_for_us():
+    with errors(), stdout_is_for_us():
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the start and stop of torch's profiler are no news
         with progress("importing torch"):
             from .bench import BenchChoices
             from .bench import bench as measure
             from .bench_text import import_matplotlib, render
             from .bench_text import plot as draw
-            from .targets import HFChoices, TargetError, load_target
 
         if plot is not None:
             import_matplotlib()  # said before the work, not after it
-        for option, file in (("--json", as_json), ("--plot", plot)):
-            if file is not None and not file.absolute().parent.is_dir():
-                raise TargetError(f"{option} {file}: there is no folder {file.parent}.", "Make it, or name another.")
-        choices = HFChoices(from_config, "prefill", attention=attention.value if attention else None)
-        with progress(f"loading {target}"):
-            found = load_target(target, choices)
+        in_a_folder(as_json, "--json")
+        in_a_folder(plot, "--plot")
+        found = load(target, HFChoices(from_config, attention=attention.value if attention else None))
         found = replace(found, notes=tuple(note for note in found.notes if not note.startswith("one forward")))
         result = measure(
             target,
@@ -209,7 +135,6 @@ def bench(
         show(render(result))
 
 
-@app.command()
 def demo(
     tokens: Annotated[int, typer.Option(min=8, help="How many tokens to generate at most.")] = 48,
     attention: Annotated[Spelling, typer.Option(help="How the model spells its attention.")] = Spelling.eager,
@@ -219,17 +144,16 @@ def demo(
     ] = None,
 ) -> None:
     """Generate text with a real model (SmolLM2-135M-Instruct), eagerly and compiled, and compare."""
-    with _errors():
+    with errors():
         from .demo import run_demo
 
         same = run_demo(tokens, attention.value, folder)
     raise typer.Exit(0 if same else ERROR)
 
 
-@app.command()
 def env(as_json: Json = False) -> None:
     """Print the versions that a bug report needs."""
-    with _errors():
+    with errors():
         from ..environment import environment
 
         facts = environment()
@@ -239,16 +163,13 @@ def env(as_json: Json = False) -> None:
         table(list(facts.items()), indent=0)
 
 
-def _counts(texts: list[str]) -> dict[str, int]:
-    """attention=30 -> {"attention": 30}."""
-    counts = {}
-    for text in texts:
-        name, equals, number = text.partition("=")
-        if not (name and equals and number.isdigit()):
-            raise typer.BadParameter(f"{text!r} is not of the form NAME=COUNT, as attention=30", param_hint="--expect")
-        counts[name] = int(number)
-    return counts
-
+for command in (explain, report, dump, diff, masks, bench, bisect, mlir, env, demo):
+    app.command()(command)
+app.command(name="eval")(evaluate)
+app.command(context_settings=_OF_RECIPES)(convert)
+app.command()(recipes)
+app.add_typer(rewrites, name="rewrites")
+app.add_typer(patterns, name="patterns")
 
 if __name__ == "__main__":
     app()

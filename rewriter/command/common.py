@@ -6,38 +6,50 @@ Exit codes: 0 fine, 1 error, 2 wrong usage, 3 an expectation failed.
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum
-from typing import Annotated, NoReturn, Optional
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, Optional
 
 import typer
 
 from .console import err, progress
-from .targets import HFChoices, Target, load_target
+from .targets import HFChoices, Target, TargetError, load_target
 
 __all__ = [
     "ERROR",
     "EXPECTATION",
     "USAGE",
+    "Dynamic",
     "FromConfig",
+    "HFChoices",
     "Json",
+    "Measure",
     "Names",
     "Phase",
     "PhaseChoice",
     "Spelling",
     "SpellingChoice",
+    "TargetOrDump",
     "TargetText",
-    "Tokens",
     "Verify",
     "errors",
+    "import_torch",
+    "in_a_folder",
     "load",
     "stdout_is_for_us",
     "stop",
+    "takes_choices",
 ]
 
 ERROR, USAGE, EXPECTATION = 1, 2, 3
-IN_WORDS = ("TargetError", "DemoError", "BisectionError", "MlirError", "TextError", "PlanError")
+IN_WORDS = (
+    *("TargetError", "DemoError", "BisectionError", "MlirError", "TextError", "PlanError"),
+    *("ConversionError", "ConversionRefused"),
+)
 """Exceptions whose text says all; by name, because their modules import torch."""
 
 
@@ -71,6 +83,14 @@ TargetText = Annotated[
         help="A Hugging Face folder, or FILE.py:FACTORY whose factory returns (model, args, kwargs).",
     ),
 ]
+TargetOrDump = Annotated[
+    str,
+    typer.Argument(metavar="TARGET", help="A Hugging Face folder, FILE.py:FACTORY, or a folder of `latent dump`."),
+]
+Dynamic = Annotated[bool, typer.Option("--dynamic", help="Trace with dynamic shapes.")]
+Measure = Annotated[
+    bool, typer.Option("--measure", help="Time what each rewrite replaces and what replaces it, both compiled.")
+]
 PhaseChoice = Annotated[Phase, typer.Option("--phase", help="For folders: the first forward, or the next token's.")]
 Tokens = Annotated[int, typer.Option("--tokens", min=1, help="For folders: how many tokens the prefill has.")]
 SpellingChoice = Annotated[
@@ -84,12 +104,52 @@ Names = Annotated[
 ]
 
 
-def load(target: str, from_config: bool, phase: Phase, tokens: int, attention: Spelling | None) -> Target:
+def import_torch() -> None:
+    """Once, and saying so: it takes seconds."""
+    if "torch" not in sys.modules:
+        with progress("importing torch"):
+            import torch  # noqa: F401
+
+
+def load(target: str, choices: HFChoices) -> Target:
     """TARGET as the options of a command choose it. Raises TargetError."""
-    with progress("importing torch"):
-        import torch  # noqa: F401
+    import_torch()
     with progress(f"loading {target}"):
-        return load_target(target, HFChoices(from_config, phase.value, tokens, attention.value if attention else None))
+        return load_target(target, choices)
+
+
+def takes_choices(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command that takes `choices` the options that make them: how a Hugging Face folder is called.
+
+    typer reads options off a signature; this writes one, so that the four stand in one place and not in every command.
+    """
+
+    def options(
+        phase: PhaseChoice = Phase.prefill,
+        tokens: Tokens = HFChoices.tokens,
+        attention: SpellingChoice = None,
+        from_config: FromConfig = False,
+    ) -> HFChoices:
+        return HFChoices(from_config, phase.value, tokens, attention.value if attention else None)
+
+    added = inspect.signature(options, eval_str=True).parameters
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        command(choices=options(**{name: given.pop(name) for name in added}), **given)
+
+    parameters: list[inspect.Parameter] = []
+    for name, own in inspect.signature(command, eval_str=True).parameters.items():
+        parameters += added.values() if name == "choices" else [own]
+    keywords = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    run.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
+    return run
+
+
+def in_a_folder(file: Path | None, option: str = "--out") -> None:
+    """Raises TargetError unless a file that an option names can be made: said before the work, not after it."""
+    if file is not None and not file.absolute().parent.is_dir():
+        raise TargetError(f"{option} {file}: there is no folder {file.parent}.", "Make it, or name another.")
 
 
 @contextlib.contextmanager

@@ -11,19 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from .common import (
-    FromConfig,
-    Json,
-    Names,
-    Phase,
-    PhaseChoice,
-    SpellingChoice,
-    TargetText,
-    Tokens,
-    errors,
-    load,
-    stdout_is_for_us,
-)
+from .common import Dynamic, HFChoices, Json, Names, TargetText, errors, load, stdout_is_for_us, takes_choices
 from .console import progress, table
 from .targets import TargetError
 
@@ -52,6 +40,7 @@ class Form(str, Enum):
     svg = "svg"
 
 
+@takes_choices
 def dump(
     target: TargetText,
     out: Annotated[
@@ -71,12 +60,10 @@ def dump(
         typer.Option("--layer", min=0, help="Only this layer; what it reads from others are its inputs."),
     ] = None,
     inputs: Annotated[bool, typer.Option("--inputs", help="Write the inputs too, weights included.")] = False,
-    dynamic: Annotated[bool, typer.Option("--dynamic", help="Trace with dynamic shapes.")] = False,
+    dynamic: Dynamic = False,
     rewrite: Names = None,
-    phase: PhaseChoice = Phase.prefill,
-    tokens: Tokens = 32,
-    attention: SpellingChoice = None,
-    from_config: FromConfig = False,
+    *,
+    choices: HFChoices,
     as_json: Json = False,
 ) -> None:
     """Write every stage of a model's graphs, with plan, certificates and kernels; the model is left as it was."""
@@ -87,7 +74,7 @@ def dump(
     with errors(), stdout_is_for_us():
         if out is not None and out.is_file():
             raise TargetError(f"--out {out}: that is a file.", "Name a folder.")
-        found = load(target, from_config, phase, tokens, attention)
+        found = load(target, choices)
         import torch
 
         from ..dump import FORMATS, Choices, write_dump
@@ -101,14 +88,14 @@ def dump(
             report, graphs = look(*found.args, **found.kwargs)
         stages = tuple(s.value for s in stage or ()) or (STAGES if out else ("rewritten",))
         forms = tuple(f.value for f in form or ()) or (tuple(FORMATS) if out else ("text",))
-        choices = Choices(stages, forms, layer, inputs)
+        wanted = Choices(stages, forms, layer, inputs)
         try:
             if out is None:
-                printed = _printed(graphs, choices)
+                printed = _printed(graphs, wanted)
             else:
                 with progress(f"writing {out}"):
                     run = Run(target, found.notes, environment())
-                    folder = write_dump(out, report, graphs, choices, run)
+                    folder = write_dump(out, report, graphs, wanted, run)
         except DumpError as error:
             what, _, todo = str(error).partition("\n")
             raise TargetError(what, todo) from error

@@ -30,6 +30,11 @@ def import_transformers() -> Any:
 def load_folder(folder: Path, choices: HFChoices) -> Target:
     """The model of a folder and one call of it. Raises TargetError."""
     file = folder / "config.json"
+    if (folder / "manifest.json").is_file() and not file.is_file():
+        raise TargetError(
+            f"{folder}: this folder is a dump, and the command needs the model itself.",
+            "`latent explain` and `latent report` read dumps, `latent diff` compares them.",
+        )
     if not file.is_file():
         raise TargetError(
             f"{folder}: the folder has no config.json, so it is no Hugging Face model.",

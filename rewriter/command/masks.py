@@ -11,11 +11,13 @@ import typer
 from ..report_text import collapse, grouped
 from .common import (
     FromConfig,
+    HFChoices,
     Json,
     Phase,
     PhaseChoice,
     SpellingChoice,
     errors,
+    in_a_folder,
     load,
     stdout_is_for_us,
 )
@@ -61,15 +63,14 @@ def masks(
 ) -> None:
     """Show which keys each query sees; layers with the same mask are shown once."""
     with errors(), stdout_is_for_us():
-        if out is not None and not out.absolute().parent.is_dir():
-            raise TargetError(f"--out {out}: there is no folder {out.parent}.", "Make it, or name another.")
+        in_a_folder(out)
         plt = _matplotlib() if out is not None and out.suffix != ".txt" else None
         plan = plan_of_target(target)
         if plan is not None:
-            classes, notes = plan_classes(plan, layer, length), (f"span plan, {len(plan.layers)} layers",)
+            classes, notes = plan_classes(plan, layer, length), [f"span plan, {len(plan.layers)} layers"]
         else:
-            found = load(target, from_config, phase, length, attention)
-            classes, notes = _classes(found, layer, head), found.notes
+            found = load(target, HFChoices(from_config, phase.value, length, attention.value if attention else None))
+            classes, notes = _classes(found, layer, head), list(found.notes)
         text = "\n\n".join(_picture(same, head) for same in classes) or "no attention was found"
         if plt is not None and out is not None:
             _draw(plt, classes, head, out)
@@ -120,7 +121,7 @@ def _title(same: list[EffectiveMask], head: int) -> tuple[str, str]:
         queries, keys = mask.visible.shape
         facts.append(f"{queries} × {keys}")
         facts.append(f"{100 * float(mask.visible.float().mean()):.0f} % visible")
-    return f"{place}   {mask.line}", " · ".join(facts)
+    return f"{place}   {mask.line}".rstrip(), " · ".join(facts)
 
 
 def _picture(same: list[EffectiveMask], head: int) -> str:

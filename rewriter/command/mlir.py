@@ -10,21 +10,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from .common import (
-    FromConfig,
-    Json,
-    Names,
-    Phase,
-    PhaseChoice,
-    SpellingChoice,
-    TargetText,
-    Tokens,
-    errors,
-    load,
-    stdout_is_for_us,
-)
+from .common import HFChoices, Json, Names, TargetText, errors, in_a_folder, load, stdout_is_for_us, takes_choices
 from .console import progress, table
-from .targets import TargetError
 
 __all__ = ["mlir"]
 
@@ -36,6 +23,7 @@ class Dialect(str, Enum):
     linalg = "linalg"
 
 
+@takes_choices
 def mlir(
     target: TargetText,
     out: Annotated[
@@ -44,18 +32,15 @@ def mlir(
     ] = None,
     dialect: Annotated[Dialect, typer.Option(help="The torch dialect, or linalg on tensors.")] = Dialect.linalg,
     rewrite: Names = None,
-    phase: PhaseChoice = Phase.prefill,
-    tokens: Tokens = 32,
-    attention: SpellingChoice = None,
-    from_config: FromConfig = False,
+    *,
+    choices: HFChoices,
     as_json: Json = False,
 ) -> None:
     """Write the rewritten graphs through torch-mlir; weights are arguments (extra `mlir`)."""
     with errors(), stdout_is_for_us():
         file = None if out is None or str(out) == "-" else out
-        if file is not None and not file.absolute().parent.is_dir():
-            raise TargetError(f"--out {file}: there is no folder {file.parent}.", "Make it, or name another.")
-        found = load(target, from_config, phase, tokens, attention)
+        in_a_folder(file)
+        found = load(target, choices)
         import torch
 
         from ..mlir import to_mlir

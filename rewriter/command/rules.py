@@ -14,7 +14,7 @@ import typer
 
 from .common import EXPECTATION, Json, errors, stdout_is_for_us
 from .console import err, progress, show, table
-from .scaffold import write_rewrite
+from .scaffold import PATTERN, REWRITE, write_scaffold
 from .targets import TargetError, import_file
 
 if TYPE_CHECKING:
@@ -28,7 +28,12 @@ rewrites = typer.Typer(help="List the rewrites in the order in which they run.",
 patterns = typer.Typer(help="List the patterns: what reads softmaxes, masks, projections.", invoke_without_command=True)
 
 Which = Annotated[str, typer.Argument(metavar="NAME", help="A name from the list, or a FILE.py that registers some.")]
+New = Annotated[str, typer.Argument(metavar="NAME", help="Its name, and that of its file.")]
+Folder = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to write the two files.")]
 WIDTH = 110
+
+REWRITE_EXAMPLE = 'Give its class examples = ((function, dict(q="B H S D", k="B H T D", v="B H T E")),).'
+PATTERN_EXAMPLE = 'Register it with examples=((function, dict(q="B H S D", k="B H T D", v="B H T E")),).'
 
 
 @rewrites.callback()
@@ -57,44 +62,20 @@ def show_rewrite(name: Which, as_json: Json = False) -> None:
 @rewrites.command("test")
 def test_rewrite(name: Which, as_json: Json = False) -> None:
     """Check it on its own examples: random sizes, certificates, gradients, symbolic shapes (exit code 3 if wrong)."""
-    wrong = []
     with errors(), stdout_is_for_us():
         chosen = _chosen(name, _rewrites)
-        from ..custom.check import RewriteCheckFailed, check_rewrite
+        from ..custom.testing import check_rewrite
 
-        rows = []
-        for facts in chosen:
-            if not facts.examples:
-                raise TargetError(
-                    f"{facts.name} declares no example.",
-                    'Give its class examples = ((function, dict(q="B H S D", k="B H T D", v="B H T E")),).',
-                )
-            try:
-                with progress(f"checking {facts.name}"):
-                    said = str(check_rewrite(facts.name, sizes=facts.sizes))
-            except RewriteCheckFailed as error:
-                said = str(error)
-                wrong.append(facts.name)
-            rows.append({"name": facts.name, "holds": facts.name not in wrong, "report": said})
-    if as_json:
-        print(json.dumps(rows))
-    else:
-        show("\n".join(f"{'✓' if row['holds'] else '✗'} {row['report']}" for row in rows))
-    if wrong:
-        err().print(f"expectation failed: {', '.join(wrong)}", style="latent.bad", markup=False)
-        raise typer.Exit(EXPECTATION)
+        rows = _checked(chosen, check_rewrite, REWRITE_EXAMPLE)
+    _show_checked(rows, as_json)
 
 
 @rewrites.command("new")
-def new_rewrite(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The name of the rewrite, and of its file.")],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to write the two files.")] = Path(),
-) -> None:
+def new_rewrite(name: New, out: Folder = Path()) -> None:
     """Write a rewrite that works as it stands, and its test; nothing is overwritten."""
     with errors():
-        files = write_rewrite(name, out, [facts.name for facts in _rewrites()])
-    show("\n".join(f"wrote {file}" for file in files))
-    show(f"run it with: pytest {files[1]}")
+        files = write_scaffold(REWRITE, name, out, [facts.name for facts in _rewrites()])
+    _show_written(files)
 
 
 @patterns.callback()
@@ -121,6 +102,25 @@ def show_pattern(name: Which, as_json: Json = False) -> None:
         print(json.dumps([dataclasses.asdict(facts) for facts in chosen]))
     else:
         show("\n\n".join("\n".join(_pattern_text(facts)) for facts in chosen))
+
+
+@patterns.command("test")
+def test_pattern(name: Which, as_json: Json = False) -> None:
+    """Check it on its own examples: what is found without it and with it, and certificates (exit code 3 if wrong)."""
+    with errors(), stdout_is_for_us():
+        chosen = _chosen(name, _patterns)
+        from ..custom.testing import check_pattern
+
+        rows = _checked(chosen, check_pattern, PATTERN_EXAMPLE)
+    _show_checked(rows, as_json)
+
+
+@patterns.command("new")
+def new_pattern(name: New, out: Folder = Path()) -> None:
+    """Write a pattern that works as it stands, and its test; nothing is overwritten."""
+    with errors():
+        files = write_scaffold(PATTERN, name, out, [facts.name for facts in _patterns()])
+    _show_written(files)
 
 
 def _rewrites() -> list[RewriteFacts]:
@@ -154,6 +154,36 @@ def _chosen(name: str, every: Callable[[], list[Named]]) -> list[Named]:
     return found
 
 
+def _checked(chosen: Sequence[Named], check: Callable[[str], object], example: str) -> list[tuple[str, bool, str]]:
+    """For each its name, whether it holds on its examples, and the report. Raises TargetError where there is none."""
+    rows = []
+    for facts in chosen:
+        if not facts.examples:
+            raise TargetError(f"{facts.name} declares no example.", example)
+        try:
+            with progress(f"checking {facts.name}"):
+                rows.append((facts.name, True, str(check(facts.name))))
+        except AssertionError as error:  # what a check says is wrong
+            rows.append((facts.name, False, str(error)))
+    return rows
+
+
+def _show_checked(rows: Sequence[tuple[str, bool, str]], as_json: bool) -> None:
+    """Print what was checked. Exits with 3 where something is wrong."""
+    if as_json:
+        print(json.dumps([{"name": name, "holds": holds, "report": said} for name, holds, said in rows]))
+    else:
+        show("\n".join(f"{'✓' if holds else '✗'} {said}" for _, holds, said in rows))
+    if wrong := [name for name, holds, _ in rows if not holds]:
+        err().print(f"expectation failed: {', '.join(wrong)}", style="latent.bad", markup=False)
+        raise typer.Exit(EXPECTATION)
+
+
+def _show_written(files: tuple[Path, Path]) -> None:
+    show("\n".join(f"wrote {file}" for file in files))
+    show(f"run it with: pytest {files[1]}")
+
+
 def _row(facts: RewriteFacts) -> dict[str, object]:
     return {"name": facts.name, "class": _class(facts), "equation": facts.equation, "after": facts.before}
 
@@ -183,6 +213,7 @@ def _pattern_text(facts: PatternFacts) -> Iterator[str]:
     yield ""
     yield from _entry("reads", [facts.reads])
     yield from _entry("defined", [facts.defined])
+    yield from _entry("examples", facts.examples or ["none is declared"])
     yield ""
     yield from (f"  {line}".rstrip() for line in facts.source.splitlines())
 

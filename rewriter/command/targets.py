@@ -45,6 +45,11 @@ class HFChoices:
     tokens: int = 32
     attention: str | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is chosen, the number of tokens aside."""
+        return dataclasses.replace(self, tokens=HFChoices.tokens) == HFChoices()
+
 
 def load_target(text: str, choices: HFChoices | None = None) -> Target:
     """Load TARGET. Raises TargetError."""
@@ -54,7 +59,7 @@ def load_target(text: str, choices: HFChoices | None = None) -> Target:
 
         return load_folder(Path(text), choices or HFChoices())
     if colon and path.endswith(".py"):
-        if choices is not None and dataclasses.replace(choices, tokens=32) != HFChoices():
+        if choices is not None and not choices.is_plain:
             raise TargetError(
                 f"{text}: --from-config, --phase and --attention belong to Hugging Face folders.",
                 "Leave them out: the factory decides which model is called, and how.",

@@ -87,7 +87,7 @@ class ConvertedAttention(nn.Module):
         if not isinstance(self.memory, FullMemory):
             held = type(self.memory).__name__
             raise ConversionRefused(recipe, f"an earlier recipe put in a {held}; an attention has one memory")
-        if self.memory.key_norm is not None:
+        if self.memory.key_norm is not None and not memory.after_norm:
             raise ConversionRefused(
                 recipe,
                 "a norm stands between the projection of the keys and the scores; low rank does not commute with it",
@@ -215,7 +215,9 @@ def attend(
         rows = query_BHSd.view(batch, groups, heads // groups, -1)
         out = F.scaled_dot_product_attention(rows, key_BGTd, value_BGTe, mask, scale=scale)
         return out.reshape(batch, 1, heads, -1)
-    causal = bool(mask is None and queries > 1)  # a symbol where the length is dynamic
+    causal = mask is None
+    if queries == 1:  # not one expression, which would be a symbol where the length is dynamic
+        causal = False
     out = F.scaled_dot_product_attention(
         query_BHSd, key_BGTd, value_BGTe, mask, is_causal=causal, scale=scale, enable_gqa=heads != groups
     )

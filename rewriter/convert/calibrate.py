@@ -53,16 +53,26 @@ class Calibration:
 
     def second_moments(self, maps: Mapping[str, Tensor], recipe: str) -> dict[str, Tensor]:
         """Σ (W x)(W x)ᵀ over all tokens, in float64, for the matrix [n, C] of each attention path."""
+        return self.moments(maps, {}, recipe)[0]
+
+    def moments(
+        self, maps: Mapping[str, Tensor], squared: Mapping[str, Tensor], recipe: str
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Σ (W x)(W x)ᵀ for the matrices in `maps`, and its diagonal alone for those in `squared`."""
         sums: dict[str, Tensor] = {}
+        squares: dict[str, Tensor] = {}
 
         def see(path: str, hidden: Tensor) -> None:
-            made = (hidden.flatten(0, -2) @ maps[path].to(hidden).t()).double()
+            rows = hidden.flatten(0, -2)
+            made = (rows @ maps[path].to(hidden).t()).double()
             sums[path] = made.t() @ made + sums.get(path, 0)
+            if path in squared:
+                squares[path] = (rows @ squared[path].to(hidden).t()).double().square().sum(0) + squares.get(path, 0)
 
         with torch.no_grad(), hidden_states(self.model, list(maps), see):
-            for rows in self.batches(recipe, "second moments"):
-                self.run(rows)
-        return sums
+            for ids in self.batches(recipe, "second moments"):
+                self.run(ids)
+        return sums, squares
 
     def loss(self, modules: Mapping[str, nn.Module], recipe: str, what: str, rows: int = 8) -> float:
         """Mean loss of the next token with `modules` at those paths, on up to `rows` rows spread over the text."""

@@ -1,6 +1,6 @@
 """Layers of a `LatentCache` that share one token factor within a group of them.
 
-    [x_1 | ... | x_n] = A [B_1 | ... | B_n],  A = [x_1 | ... | x_n] Bᵀ,  B = the leading eigenvectors of Σ_t x_t x_tᵀ
+    x = [x_1 | ... | x_n] ≈ A [B_1 | ... | B_n]     A = x Bᵀ     B = the leading eigenvectors of Σ_t x_t x_tᵀ
 
 for the keys before rope, and for the values. The first layer of a group holds A of both. Formed of the prompt
 (`PromptLayer`), B is the prompt's own, and tokens that come later are kept as they are. Formed of other text
@@ -165,6 +165,11 @@ class PromptLayer(FactorLayer):
         self.tail: Any = make()
         self.bases: Pair | None = None
         self.waiting: Pair | None = None
+        self.speaks = False
+
+    def join(self, layers: Sequence[Any]) -> None:
+        super().join(layers)
+        self.speaks = self is next(layer for layer in layers if isinstance(layer, PromptLayer))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, mask: Tensor | None = None, *args: Any
@@ -181,7 +186,7 @@ class PromptLayer(FactorLayer):
         return key_states, value_states
 
     def _worth(self, tokens: int) -> bool:
-        if tokens < self.least and self.members[0] == 0 and self.leader is self and not torch.compiler.is_compiling():
+        if tokens < self.least and self.speaks and not torch.compiler.is_compiling():
             log.warning(
                 "latent: a prompt of %d tokens is kept uncompressed; below %d the bases take too much of what is saved",
                 tokens,
@@ -259,11 +264,11 @@ def _factor(group: Sequence[PromptLayer], mask: Tensor | None) -> None:
     tokens, bases = [], []
     for which, rank in enumerate(group[0].ranks):
         parts = [flat_rows(layer.waiting[which]) for layer in group if layer.waiting is not None]
-        rows = torch.cat(parts, -1)
+        rows, widths = torch.cat(parts, -1), [part.shape[-1] for part in parts]
         wide = rows.double() if mask is None else rows.double() * _seen(mask, rows.shape[1]).unsqueeze(-1)
         basis = leading(wide.transpose(1, 2) @ wide, min(rank, rows.shape[1], rows.shape[2])).to(rows)
         tokens.append(rows @ basis.transpose(1, 2))
-        bases.append([part.contiguous() for part in basis.split([part.shape[-1] for part in parts], -1)])
+        bases.append([part.contiguous() for part in basis.split(widths, -1)])
     for n, (layer, key, value) in enumerate(zip(group, *bases, strict=True)):
         layer.keep_factor((key, value), (tokens[0], tokens[1]) if n == 0 else None)
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .calibrate import Calibration, base_of, hidden_states
 from .layers import ConversionRefused, Decoder
+from .memory import unturned_keys
+from .norms import HeadNorm
 
 __all__ = ["cross_moments", "even_groups", "given_groups", "similar_groups"]
 
@@ -71,7 +73,7 @@ def _partition(alike: Tensor, groups: int, largest: int) -> list[tuple[int, ...]
 def cross_moments(
     decoder: Decoder, groups: Sequence[Sequence[int]], calibration: Calibration, recipe: str
 ) -> list[tuple[Tensor, Tensor]]:
-    """Σ_t z zᵀ in float64 of all keys of a group's layers side by side, and of all values, without their biases."""
+    """Σ_t z zᵀ in float64 of a group's keys before rope side by side, and of its values, without their biases."""
     sums: list[list[Tensor]] = [[torch.zeros(()), torch.zeros(())] for _ in groups]
     for made in _rows(decoder, calibration, recipe, "second moments"):
         for total, group in zip(sums, groups, strict=True):
@@ -87,8 +89,9 @@ def _rows(decoder: Decoder, calibration: Calibration, recipe: str, what: str) ->
     made: dict[str, tuple[Tensor, Tensor]] = {}
 
     def see(path: str, hidden: Tensor) -> None:
-        rows = hidden.flatten(0, -2)
-        made[path] = (rows @ layers[path].key.flat.t(), rows @ layers[path].value.flat.t())
+        layer = layers[path]
+        key = unturned_keys(hidden, layer.key, HeadNorm.of(layer.key_norm), layer.groups)
+        made[path] = (key.transpose(1, 2).flatten(2).flatten(0, 1), hidden.flatten(0, 1) @ layer.value.flat.t())
 
     with torch.no_grad(), hidden_states(calibration.model, list(layers), see):
         for tokens in calibration.batches(recipe, what):

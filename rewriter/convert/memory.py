@@ -13,17 +13,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .layers import AttentionLayer, Rotary
+from .layers import Affine, AttentionLayer, Rotary
 from .norms import HeadNorm
 from .rotation import Turns, rotate
 
-__all__ = ["FullMemory", "Memory", "heads_of"]
+__all__ = ["FullMemory", "Memory", "heads_of", "unturned_keys"]
 
 
 class Memory(nn.Module):
     """Base: how keys [B, G, T, d] and values [B, G, T, e] come from hidden states [B, S, C]."""
 
     turns_late: ClassVar[bool] = False
+    after_norm: ClassVar[bool] = False
+    """Where keys have a norm, it keeps what comes out of it."""
 
     def __init__(self, rotary: Rotary | None) -> None:
         super().__init__()
@@ -107,3 +109,12 @@ class FullMemory(Memory):
 def heads_of(x: Tensor, heads: int) -> Tensor:
     """[B, S, heads·d] -> [B, heads, S, d]."""
     return x.view(*x.shape[:-1], heads, -1).transpose(1, 2)
+
+
+def unturned_keys(hidden: Tensor, key: Affine | nn.Linear, norm: HeadNorm | None, groups: int) -> Tensor:
+    """Keys [B, G, S, d] before rope: without their bias or, where there is a norm, after it."""
+    weight = key.flat if isinstance(key, Affine) else key.weight
+    if norm is None:
+        return heads_of(nn.functional.linear(hidden, weight), groups)
+    bias = key.bias if key.bias is None else key.bias.flatten()
+    return norm(heads_of(nn.functional.linear(hidden, weight, bias), groups))

@@ -39,7 +39,7 @@ class HeadNorm(nn.Module):
         return {"kind": self.kind, "heads": heads, "width": width, "together": self.together, "eps": self.eps}
 
     def forward(self, x_BHSd: Tensor) -> Tensor:
-        x = x_BHSd.float()
+        x = x_BHSd.to(torch.promote_types(x_BHSd.dtype, torch.float32))
         over = (1, 3) if self.together else (3,)
         if self.kind == "layer":
             x = x - x.mean(over, keepdim=True)

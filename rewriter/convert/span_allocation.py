@@ -34,12 +34,16 @@ class Allocation:
     """How far the cost may be above the least there is, as a share of it."""
 
 
-def candidates(lengths: Sequence[int], sinks: int) -> list[Span]:
-    """Spans to choose from: of one length windows alone, of several also windows that grow with the length."""
-    shortest = min(lengths)
+def candidates(lengths: Sequence[int], sinks: int, rows: int | None = None) -> list[Span]:
+    """Spans to choose from: for one length windows, for several also windows that grow with the length.
+
+    Where a length is beyond the text's `rows` all of them grow: what fixed windows would lose there is not seen.
+    """
+    rows = max(lengths) if rows is None else rows
+    shortest = min(*lengths, rows)
     fixed = {max(1, round(share * shortest) - sinks) for share in SHARES}
-    found: list[Span] = [Window(sinks, alpha) for alpha in sorted(fixed)]
-    if len(set(lengths)) > 1:
+    found: list[Span] = [Window(sinks, alpha) for alpha in sorted(fixed)] if max(lengths) <= rows else []
+    if len(set(lengths)) > 1 or not found:
         found += [Window(sinks, max(1, shortest // 32 - sinks), share) for share in SHARES]
     return [*found, Full()]
 
@@ -64,8 +68,12 @@ def allocate(
     seconds: float = 60,
 ) -> Allocation:
     """The plan of least cost. `costs` [key heads, choices] of each layer. Raises ConversionRefused."""
-    from scipy.optimize import Bounds, milp
-
+    try:
+        from scipy.optimize import Bounds, milp
+    except ImportError as error:
+        raise ConversionRefused(
+            "density", "choosing spans needs scipy", 'Install it with: pip install "torch-latent[convert]"'
+        ) from error
     groups = [len(cost) for cost in costs]
     heads, count = sum(groups), len(choices)
     flat = [value for cost in costs for value in cost.flatten().tolist()]

@@ -113,8 +113,10 @@ class SpanPlan:
     @classmethod
     def from_yaml(cls, text: str, name: str = "the plan") -> SpanPlan:
         """Raises PlanError that names the layer and the head."""
-        import yaml
-
+        try:
+            import yaml
+        except ImportError as error:
+            raise PlanError(f'{name}: reading it needs PyYAML: pip install "torch-latent[convert]"') from error
         try:
             read = yaml.safe_load(text)
         except yaml.YAMLError as error:

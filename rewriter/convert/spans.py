@@ -152,7 +152,7 @@ class Strided:
         return _rows(self, n)
 
     def __str__(self) -> str:
-        return f"last {self.local} blocks of {self.block}, each {self.stride}. ({self.offset})"
+        return f"last {self.local} blocks of {self.block}, one in {self.stride} (offset {self.offset})"
 
 
 Span = Full | Window | Strided

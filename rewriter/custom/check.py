@@ -57,13 +57,15 @@ def check_rewrite(
 ) -> CheckReport:
     """Check that a registered rewrite matches its own examples and computes the same there. Raises RewriteCheckFailed.
 
-    `sizes` gives numbers or ranges for dimensions (1 to 8 without); `symbolic` names the dimensions that are symbolic
-    in a last trace: batch, queries and keys without it, () to leave it out. `gradient=False` is for operators without
-    one. Raises ValueError for a rewrite that is not registered or declares no example.
+    `sizes` gives numbers or ranges for dimensions, in place of the rule's `example_sizes` or else 1 to 8; `symbolic`
+    names the dimensions that are symbolic in a last trace: batch, queries and keys without it, () to leave it out.
+    `gradient=False` is for operators without one. Raises ValueError for a rewrite that is not registered
+    or declares no example.
     """
     entry = _entry(rule)
     cases = _cases(entry)
-    found = _search(entry, cases, dict(sizes or {}), examples, gradient)
+    ranges = {**getattr(entry.rule, "example_sizes", {}), **(sizes or {})}
+    found = _search(entry, cases, ranges, examples, gradient)
     if found.failed is not None:
         raise RewriteCheckFailed(_text(entry, *found.failed))
     if not found.applied:
@@ -73,7 +75,7 @@ def check_rewrite(
     done: list[str] = []
     for draw in {draw.case: draw for draw in found.applied}.values():
         names = _symbolic_names(entry, draw.case) if symbolic is None else tuple(symbolic)
-        reason = _check_symbolic(entry, draw, names, dict(sizes or {})) if names else None
+        reason = _check_symbolic(entry, draw, names, ranges) if names else None
         if reason:
             raise RewriteCheckFailed(f"{entry.name} with symbolic {' '.join(names)}:\n  {reason}")
         done += names if reason == "" else ()

@@ -7,6 +7,7 @@ from functools import cached_property
 import sympy
 from torch import fx
 
+from ..provenance import tensor_name
 from .index_algebra import IndexReader
 from .index_bounds import Ranges
 from .index_call import shape_of
@@ -125,7 +126,7 @@ class _Reading:
             case Equal(expr, holds):
                 return self.equal(expr, holds)
             case Unclear(_, reason):
-                return Opaque(f"{self.mask.name} {reason}", self.mask)
+                return self.unread(reason)
 
     # ** loaded values **
 
@@ -138,12 +139,12 @@ class _Reading:
         """load relation value."""
         free = _free(load.indices)
         if self.positions(value):
-            return Opaque(f"Positions are compared with {load.node.name}, which {load.reason}", load.node)
+            return Opaque(f"Positions are compared with {tensor_name(load.node)}, which {load.reason}", load.node)
         if free & self.names.query and free & self.names.key:
-            return Opaque(f"{load.node.name} {load.reason}", load.node)
+            return Opaque(f"{tensor_name(load.node)} {load.reason}", load.node)
         if not free & self.names.key:
             what = "whole queries" if free & self.names.query else "all keys at once"
-            return Opaque(f"{load.node.name} hides {what}, and it {load.reason}", load.node)
+            return Opaque(f"{tensor_name(load.node)} hides {what}, and it {load.reason}", load.node)
         return Padding(load.node, self.names.publics(load.indices), relation, self.names.public(value), load.epoch)
 
     def pair(self, expr: sympy.Expr) -> tuple[Load, Load, sympy.Expr] | None:
@@ -186,13 +187,14 @@ class _Reading:
             case 0, 1:
                 return Keys(-rest, None)
             case _, 0:
-                return Opaque(f"{self.mask.name} hides all keys of some queries: {self.shown(expr)} >= 0", self.mask)
+                return self.unread(f"hides all keys of some queries: {self.shown(expr)} >= 0")
         return self.strange(expr)
 
     def strange(self, expr: sympy.Expr) -> Opaque:
-        return Opaque(
-            f"{self.mask.name} does not compare one key with one query position: {self.shown(expr)} >= 0", self.mask
-        )
+        return self.unread(f"does not compare one key with one query position: {self.shown(expr)} >= 0")
+
+    def unread(self, reason: str) -> Opaque:
+        return Opaque(f"{tensor_name(self.mask)} {reason}", self.mask)
 
     def shown(self, expr: sympy.Expr) -> str:
         return str(self.names.public(expr))
@@ -205,7 +207,7 @@ class _Reading:
         symbol, load = next(iter(found.items()))
         factor, rest = self.single(expr, symbol)
         if len(found) > 1 or factor is None or rest.has(symbol):
-            return Opaque(f"{load.node.name} {load.reason}", load.node)
+            return Opaque(f"{tensor_name(load.node)} {load.reason}", load.node)
         return self.loaded(load, ">=" if factor > 0 else "<=", -rest if factor > 0 else rest)
 
     @staticmethod
@@ -224,11 +226,11 @@ class _Reading:
                 return BlockDiagonal(pair[0].node, *indices, pair[0].epoch)
         if not found:
             chunk = self.chunk(expr) if holds else None
-            return chunk or Opaque(f"{self.mask.name} compares {self.shown(expr)} with 0", self.mask)
+            return chunk or self.unread(f"compares {self.shown(expr)} with 0")
         symbol, load = next(iter(found.items()))
         factor, rest = self.single(expr, symbol)
         if len(found) > 1 or factor is None or rest.has(symbol):
-            return Opaque(f"{load.node.name} {load.reason}", load.node)
+            return Opaque(f"{tensor_name(load.node)} {load.reason}", load.node)
         return self.loaded(load, "==" if holds else "!=", -rest if factor > 0 else rest)
 
     def chunk(self, expr: sympy.Expr) -> Chunk | None:

@@ -13,6 +13,7 @@ from typing import Literal
 import sympy
 from torch import fx
 
+from ..provenance import tensor_name
 from .clauses import Naming, term_of
 from .index_algebra import IndexReader
 from .index_numbers import as_float
@@ -166,10 +167,11 @@ class MaskReader:
 
     def _no_mask(self, value: sympy.Expr) -> str:
         loads = [self._index.loads[s] for s in value.free_symbols if s in self._index.loads]
+        name = tensor_name(loads[0].node) if loads else ""
         if loads and value not in self._index.loads:
-            return f"The additive values depend on {loads[0].node.name}, and may be other than 0 and large and negative"
+            return f"The additive values depend on {name}, and may be other than 0 and large and negative"
         if loads:
-            return f"The additive values are not known: {loads[0].node.name} {loads[0].reason}"
+            return f"The additive values are not known: {name} {loads[0].reason}"
         return "The additive values are not 0 and a large negative number"
 
 

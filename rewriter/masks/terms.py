@@ -6,12 +6,15 @@ the indices of tensors, over the index variables I (query), J (key) and one `bat
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import sympy
 from torch import fx
 
+from ..provenance import tensor_name
 from .index_values import Load
 
 I = sympy.Symbol("i", integer=True, nonnegative=True)  # noqa: E741
@@ -164,7 +167,10 @@ class MaskProof:
     def describe(self) -> str:
         """The terms in a few words: "causal, window 4096, padding"."""
         causal = next((term for term in self.terms if isinstance(term, Causal)), None)
-        return ", ".join(_words(term, causal) for term in self.terms) or "none"
+        words = ", ".join(_words(term, causal) for term in self.terms) or "none"
+        for _, load in self.loads:  # symbols are named after nodes, so that no two are one
+            words = re.sub(rf"\b{load.node.name}\b", tensor_name(load.node), words)
+        return words
 
 
 def _words(term: MaskTerm, causal: Causal | None = None) -> str:
@@ -186,9 +192,9 @@ def _words(term: MaskTerm, causal: Causal | None = None) -> str:
         case Chunk(size):
             return f"chunks of {size}"
         case BlockDiagonal(node):
-            return f"segments of {node.name}"
+            return f"segments of {tensor_name(node)}"
         case Ordered(node):
-            return f"causal by {node.name}"
+            return f"causal by {tensor_name(node)}"
         case Padding():
             return "padding"
         case Either(terms):
@@ -199,3 +205,12 @@ def _words(term: MaskTerm, causal: Causal | None = None) -> str:
 
 def _signed(expr: sympy.Expr) -> str:
     return f" - {-expr}" if expr.could_extract_minus_sign() else f" + {expr}"
+
+
+def tensors_read(terms: Sequence[MaskTerm]) -> Iterator[fx.Node]:
+    """The tensors whose values the terms compare."""
+    for term in terms:
+        if isinstance(term, Either):
+            yield from tensors_read(term.terms)
+        elif isinstance(node := getattr(term, "node", None), fx.Node):
+            yield node

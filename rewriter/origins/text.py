@@ -10,7 +10,7 @@ from torch import fx
 from ..axes import product
 from ..compat import source_name
 from ..mutations import Mutations
-from ..provenance import attribute_path
+from ..provenance import attribute_path, tensor_name
 from ..sites import AttentionSite
 from .pieces import (
     Activation,
@@ -107,6 +107,6 @@ def _name(parameter: fx.Node) -> str:
 def _end(piece: Opaque) -> str:
     node = piece.node
     if node.op == "placeholder":
-        return f"input {attribute_path(source_name(node)) or node.name}"
+        return f"input {tensor_name(node)}"
     name = str(node.target).removeprefix("aten.").partition(".")[0]
     return f"{name} ({piece.reason})" if piece.reason else name

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..describe import Shape
 from ..environment import Run, environment
 from ..report import Break, GraphReport, MissReport, Report, SiteReport
-from ..rules import Estimate, Verdict
+from ..rules import Estimate, Timing, Verdict
 from ..stages.view import Stage
 
 if TYPE_CHECKING:
@@ -124,9 +124,10 @@ def _graph_report(data: Mapping[str, Any]) -> GraphReport:
 
 def _site(data: Mapping[str, Any]) -> SiteReport:
     lists = {"origins": tuple(data["origins"]), "picture": tuple(data["picture"])}
+    lists["heads"] = tuple(map(tuple, data.get("heads", ())))
     return SiteReport(**{**data, **lists, "shape": Shape(**data["shape"])})
 
 
 def _verdict(data: Mapping[str, Any]) -> Verdict:
-    estimate = data["estimate"]
-    return Verdict(**{**data, "estimate": estimate and Estimate(**estimate)})
+    estimate, timing = data["estimate"], data.get("timing")
+    return Verdict(**{**data, "estimate": estimate and Estimate(**estimate), "timing": timing and Timing(**timing)})

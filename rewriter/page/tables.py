@@ -9,9 +9,9 @@ from itertools import groupby
 from typing import Any
 
 from ..report import GraphReport, MissReport, SiteReport
-from ..report_text import MARKS, collapse, grouped
+from ..report_text import MARKS, alike, collapse, grouped, merged, merged_origins, site_classes, timing_text
 from ..rules import Verdict
-from ..units import size_text
+from ..units import error_text, size_text
 from .verdict import Tone
 
 __all__ = ["Cell", "Ladder", "Mask", "RewriteRow", "SiteRow", "cells", "ladders", "masks", "rewrite_rows", "site_rows"]
@@ -57,6 +57,7 @@ class RewriteRow:
     detail: str
     line: str
     saving: str
+    measured: str
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,10 @@ class Mask:
 
     unsure: str
     note: str
+    heads: tuple[str, ...]
+    """What each head sees, where they differ: SVG paths, in squares of `head_side`."""
+
+    head_side: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -127,11 +132,10 @@ def site_rows(graph: GraphReport) -> tuple[SiteRow, ...]:
 def classes(graph: GraphReport) -> list[list[SiteReport]]:
     """Sites that are the same and were treated the same."""
 
-    def key(site: SiteReport) -> tuple[object, ...]:
-        treated = tuple((v.rewrite, v.outcome) for v in verdicts_at(graph, site))
-        return (site.equation, site.line, site.spelling, site.mask, site.shape, site.origins, treated)
+    def treated(site: SiteReport) -> tuple[object, ...]:
+        return tuple((v.rewrite, v.outcome) for v in verdicts_at(graph, site))
 
-    return grouped(graph.sites, key)
+    return [each for same in site_classes(graph.sites) for each in grouped(same, treated)]
 
 
 def verdicts_at(graph: GraphReport, site: SiteReport) -> list[Verdict]:
@@ -148,11 +152,11 @@ def _site_row(same: Sequence[SiteReport], verdicts: Sequence[Verdict]) -> SiteRo
         ("queries × keys", f"{shape.queries} × {shape.keys}"),
         ("width", width),
         ("dtype", shape.dtype),
-        ("mask", site.mask),
+        ("mask", merged([each.mask for each in same])),
     )
     done = tuple(v.rewrite for v in verdicts if v.outcome == "applied")
     place = collapse([each.path for each in same]) or ROOT
-    return SiteRow(place, site.line, tone, MARK[tone], site.equation, facts, site.origins, done)
+    return SiteRow(place, site.line, tone, MARK[tone], site.equation, facts, merged_origins(same), done)
 
 
 # ** rewrites **
@@ -165,7 +169,7 @@ def rewrite_rows(graph: GraphReport, plan: Mapping[str, Any]) -> tuple[RewriteRo
     equations = {entry["name"]: entry["equation"] for entry in plan.get("rewrites", ())}
     total = {v.rewrite: sum(w.rewrite == v.rewrite for w in graph.verdicts) for v in graph.verdicts}
     rows, named = [], set()
-    for same in grouped(graph.verdicts, lambda v: (v.rewrite, v.outcome, v.reason)):
+    for same in grouped(graph.verdicts, lambda v: (v.rewrite, v.outcome, alike(v.reason))):
         v = same[0]
         equation = "" if v.rewrite in named else equations.get(v.rewrite, "")
         named.add(v.rewrite)
@@ -181,6 +185,7 @@ def rewrite_rows(graph: GraphReport, plan: Mapping[str, Any]) -> tuple[RewriteRo
                 _detail(same),
                 lines[0] if len(lines) == 1 else "",
                 _saving(same),
+                timing_text(same),
             )
         )
     return tuple(rows)
@@ -188,12 +193,11 @@ def rewrite_rows(graph: GraphReport, plan: Mapping[str, Any]) -> tuple[RewriteRo
 
 def _detail(same: Sequence[Verdict]) -> str:
     if same[0].outcome != "applied":
-        return same[0].reason
+        return merged([v.reason for v in same])
     errors = [v.error for v in same if v.error is not None]
     if not errors:
         return f"not certified ({same[0].reason})" if same[0].reason else "not certified"
-    largest = f"{max(errors):.0e}" if any(errors) else "0"
-    return f"certified in fp64, relative error {largest}"
+    return f"certified in fp64, relative error {error_text(max(errors))}"
 
 
 def _saving(same: Sequence[Verdict]) -> str:
@@ -207,7 +211,7 @@ def _saving(same: Sequence[Verdict]) -> str:
 def masks(graph: GraphReport) -> tuple[Mask, ...]:
     """Every proven mask once."""
     drawn = [site for site in graph.sites if site.picture]
-    groups = grouped(drawn, lambda s: (s.mask, s.picture, s.shape.queries, s.shape.keys))
+    groups = grouped(drawn, lambda s: (alike(s.mask), s.picture, s.heads, s.shape.queries, s.shape.keys))
     return tuple(map(_mask, groups))
 
 
@@ -216,10 +220,22 @@ def _mask(same: Sequence[SiteReport]) -> Mask:
     side = (len(rows[0]), len(rows))
     sizes = f"{site.shape.queries} queries × {site.shape.keys} keys"
     places = collapse([each.path for each in same]) or ROOT
+    heads = tuple(_path(each, "#") for each in site.heads)
+    head_side = (len(site.heads[0][0]), len(site.heads[0])) if site.heads else (0, 0)
     symbolic = not (site.shape.queries + site.shape.keys).isdigit()
     whole = (str(side[1]), str(side[0])) == (site.shape.queries, site.shape.keys)
     note = "at the sizes of this call" if symbolic else "" if whole else "some of them shown"
-    return Mask(site.mask, places, sizes, side, _path(rows, "#"), _path(rows, "?"), note)
+    return Mask(
+        merged([each.mask for each in same]),
+        places,
+        sizes,
+        side,
+        _path(rows, "#"),
+        _path(rows, "?"),
+        note,
+        heads,
+        head_side,
+    )
 
 
 def _path(rows: Sequence[str], letter: str) -> str:

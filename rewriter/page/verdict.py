@@ -8,7 +8,7 @@ from typing import Literal
 
 from ..report import GraphReport, Report
 from ..rules import Verdict as Judged
-from ..units import plural, size_text
+from ..units import error_text, plural, seconds_text, size_text
 
 __all__ = ["Figure", "Tone", "Verdict", "figures", "first_compilations", "verdict"]
 
@@ -116,12 +116,16 @@ def _figures(report: Report) -> Iterator[Figure]:
     yield Figure("rewritten", str(sum(len(_rewritten(graph)) for graph in graphs)), _classes(graphs))
     errors = [v.error for graph in graphs for v in graph.verdicts if v.error is not None and v.outcome == "applied"]
     if errors:
-        largest = f"{max(errors):.0e}" if any(errors) else "0"
-        yield Figure("certificates", str(sum(graph.certificates for graph in graphs)), f"relative error {largest}")
+        count = sum(graph.certificates for graph in graphs)
+        yield Figure("certificates", str(count), f"relative error {error_text(max(errors))}")
     estimates = [v.estimate for graph in graphs for v in graph.verdicts if v.estimate and v.outcome == "applied"]
     if estimates:
         saved = sum(e.bytes_before - e.bytes_after for e in estimates)
         yield Figure("memory traffic", f"−{size_text(saved)}", "predicted, in each call")
+    timings = [v.timing for graph in graphs for v in graph.verdicts if v.timing]
+    if timings:
+        change = sum(t.after - t.before for t in timings)
+        yield Figure("time", f"{'+' if change > 0 else '−'}{seconds_text(abs(change))}", "measured, in each call")
     frames = len({graph.frame for graph in report.graphs})
     breaks = "" if report.breaks is None else plural(len(report.breaks), "break") + ", "
     yield Figure("graphs", str(frames), breaks + plural(len(report.graphs), "compilation"))

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import latent
 import torch
 from latent.rewriter.command.console import aligned, counted, progress
 from latent.rewriter.command.demo import smollm2_folder
@@ -102,10 +103,33 @@ def window_cache(window: int) -> CacheOf:
     return make
 
 
+def by(recipe: Any) -> Callable[[Any, torch.Tensor], Any]:
+    return lambda model, tokens: latent.convert(model, recipe, tokens, inplace=True)
+
+
 METHODS: tuple[Method, ...] = (
-    Method("bfloat16 cache", cache_of=half_cache, calibrated=False),
-    Method("window of 252", cache_of=window_cache(252), calibrated=False),
-    Method("window of 124", cache_of=window_cache(124), calibrated=False),
+    Method("joint latent 75 %", by(latent.JointLatent(share=0.75))),
+    Method("joint latent 50 %", by(latent.JointLatent(share=0.5))),
+    Method("joint, not weighed 50 %", by(latent.JointLatent(share=0.5, weigh=False))),
+    Method("separate latents 75 %", by(latent.SeparateLatent(share=0.75))),
+    Method("separate latents 50 %", by(latent.SeparateLatent(share=0.5))),
+    Method("TransMLA full rank", by(latent.TransMLA(share=1.0))),
+    Method("TransMLA 75 %", by(latent.TransMLA(share=0.75))),
+    Method("TransMLA 50 %", by(latent.TransMLA(share=0.5))),
+    Method("weights only 50 %", by(latent.WeightSVD(share=0.5)), calibrated=False),
+    Method("spans 50 %", by(latent.HeadSpans(density=0.5))),
+    Method("spans 25 %", by(latent.HeadSpans(density=0.25))),
+    Method("joint latent 25 %", by(latent.JointLatent(share=0.25))),
+    *(
+        Method(
+            f"xKV, groups of {n}, {share} %", by(latent.CrossLayerSVD(group=n, share=share / 100, length=512, least=1))
+        )
+        for share in (50, 25)
+        for n in (1, 2, 3, 5)
+    ),
+    Method("window 50 %", cache_of=window_cache(252), calibrated=False),
+    Method("window 25 %", cache_of=window_cache(124), calibrated=False),
+    Method("16-bit cache", cache_of=half_cache, calibrated=False),
 )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -18,18 +19,19 @@ from pydoc_data.topics import topics
 
 import latent
 import torch
+from latent import balance_loss, convert
 from latent.passes.recipes.routed_heads import HeadRouter, RoutedHeads, UntrainedRouter
 from latent.rewriter.command.console import table
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-LENGTH, BATCH = 128, 16
+LENGTH, BATCH = 128, 8
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--steps", type=int, default=1500, help="of the dense model, before")
-    options.add_argument("--more", type=int, default=400, help="steps of either, after")
+    options.add_argument("--steps", type=int, default=1000, help="of the dense model, before")
+    options.add_argument("--more", type=int, default=300, help="steps of either, after")
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--share", type=float, default=0.75)
     options.add_argument("--shared", type=int)
@@ -57,7 +59,7 @@ def training(recipe: RoutedHeads, steps: int, more: int, seeds: int) -> None:
         vocab_size=256,
         hidden_size=128,
         intermediate_size=256,
-        num_hidden_layers=4,
+        num_hidden_layers=2,
         num_attention_heads=8,
         max_position_embeddings=LENGTH,
     )
@@ -71,13 +73,14 @@ def training(recipe: RoutedHeads, steps: int, more: int, seeds: int) -> None:
         dense = LlamaForCausalLM(config)
         train(dense, learnt, steps, 3e-3, seed)
         sample = learnt[: 64 * LENGTH].view(64, LENGTH)
-        routed = latent.convert(dense.eval(), recipe, calibrate=sample)
+        routed = convert(dense.eval(), recipe, calibrate=sample)
         before = loss_of(dense, unseen), loss_of(routed, unseen)
         for model in (dense, routed):
             train(model, learnt, more, 1e-3, seed + 1000)
         after = loss_of(dense, unseen), loss_of(routed, unseen)
         ratios = f"{after[1] / before[0] - 1:+.1%} before, {after[1] / after[0] - 1:+.1%} after"
         rows.append((str(seed), *(f"{loss:.4f}" for loss in (*before, *after)), ratios))
+        print(f"  seed {seed} is done", file=sys.stderr, flush=True)
     table(rows)
 
 
@@ -98,7 +101,7 @@ def train(model: nn.Module, text: Tensor, steps: int, rate: float, seed: int) ->
     for ids in batches(text, steps, generator):
         loss = model(input_ids=ids, labels=ids).loss
         if routed:
-            loss = loss + 0.01 * latent.balance_loss(model)
+            loss = loss + 0.01 * balance_loss(model)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
@@ -133,9 +136,9 @@ def decoding(share: float, lengths: list[int], compiled: bool) -> None:
     )
     torch.manual_seed(0)
     original = LlamaForCausalLM(config).eval()
-    models = {"dense": latent.convert(original, [])}
+    models = {"dense": convert(original, [])}
     for one in dict.fromkeys((share, 0.5)):
-        made = models[f"{one:.0%} of the heads"] = latent.convert(original, RoutedHeads(share=one))
+        made = models[f"{one:.0%} of the heads"] = convert(original, RoutedHeads(share=one))
         for module in made.modules():
             if isinstance(module, HeadRouter):
                 nn.init.normal_(module.route.weight)

@@ -10,6 +10,7 @@ from . import (
     latent_attention,
     latent_caches,
     latent_limits,
+    latent_projects,
     latent_sources,
     layouts,
     library_layers,

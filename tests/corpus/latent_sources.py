@@ -266,7 +266,7 @@ class MlaSinks(Sinks):
     """Sinks concatenated to the scores, as in gpt-oss."""
 
 
-@latent("expanded", "value only", "the bias of a key is one number for each query, which does not cancel beside a sink")
+@expanded("the bias of a key is one more column, which does not cancel beside a sink")
 class MlaSinksAndBiases(Sinks):
     """The same with a bias in the up projection."""
 
