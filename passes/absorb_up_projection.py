@@ -182,11 +182,18 @@ def _not_linear(site: AttentionSite, keys: list[Factor]) -> Refusal:
 
 
 def _with_heads_of(site: AttentionSite, parts: list[Factored]) -> AttentionSite:
-    """The site with the axes that weights tell apart among its heads: heads split in two look like a batch."""
-    batch, heads = site.axes.batch, site.axes.heads
+    """The site with the axes that weights tell apart among its heads: heads split in two look like a batch.
+
+    A batch looks like heads where there is but one: weights do not tell it apart, and every latent does.
+    """
+    order, first_head = site.axes.batch + site.axes.heads, len(site.axes.batch)
     found = site.space.axes(*(part.weight_layout for part in parts))
-    first = next((n for n, axis in enumerate(batch) if axis in found), len(batch))
-    return replace(site, axes=replace(site.axes, batch=batch[:first], heads=batch[first:] + heads))
+    first = next((n for n, axis in enumerate(order[:first_head]) if axis in found), first_head)
+    while first_head <= first < len(order) and all(
+        order[first] in site.space.axes(part.latent.chain[-1][1]) - found for part in parts
+    ):
+        first += 1
+    return replace(site, axes=replace(site.axes, batch=order[:first], heads=order[first:]))
 
 
 def _unfit(plan: Plan) -> Refusal | None:

@@ -286,7 +286,13 @@ def cache_of(kind: str, model: Any) -> dict[str, Any]:
 
 
 MODELS = ("llama", "llama-one-head", "llama-all-heads", "qwen2", "cohere", "gpt_neox", "phi3", "mistral")
-QUICK = {("llama", "dynamic"), ("qwen2", "static"), ("cohere", "growing"), ("llama", "fixed")}
+QUICK = {
+    ("llama", "dynamic"),
+    ("qwen2", "static"),
+    ("llama-one-head", "static"),
+    ("cohere", "growing"),
+    ("llama", "fixed"),
+}
 CASES = [
     pytest.param(*case, id="-".join(case), marks=() if case in QUICK else pytest.mark.slow)
     for case in product(MODELS, ("dynamic", "static", "growing", "fixed"))
