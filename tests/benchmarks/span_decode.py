@@ -57,7 +57,13 @@ def attention_alone(spans: tuple[Span, ...], length: int, layers: int) -> tuple[
         return torch.stack(made)
 
     step(query, key, value, mask)
-    return _filled(torch.compile(step, backend="latent"), (query, key, value, mask), {}, held, length), held
+    return _filled(
+        torch.compile(step, backend="latent", dynamic=False, fullgraph=True),
+        (query, key, value, mask),
+        {},
+        held,
+        length,
+    ), held
 
 
 class _One:
@@ -77,7 +83,7 @@ def whole_model(spans: tuple[Span, ...], length: int, layers: int) -> tuple[Call
     cache = latent.LatentCache(model, length)
     model(input_ids=torch.ones(1, 4, dtype=torch.long), past_key_values=cache)
     given = {"input_ids": torch.ones(1, 1, dtype=torch.long), "past_key_values": cache}
-    compiled = torch.compile(model, backend="latent")
+    compiled = torch.compile(model, backend="latent", dynamic=False, fullgraph=True)
     return _filled(compiled, (), given, cache.layers, length), cache.layers
 
 
