@@ -154,7 +154,7 @@ def _type_text(kind: Any) -> str:
     for member in _members(kind):
         if typing.get_origin(member) is Literal:
             said += [str(choice) for choice in typing.get_args(member)]
-        elif typing.get_origin(member) is tuple:
+        elif typing.get_origin(member) is tuple and typing.get_args(member)[0] in (int, float, str):
             said.append("{0},{0},...".format(typing.get_args(member)[0].__name__))
         elif member in (bool, int, float, str):
             said.append({bool: "yes or no", str: "text"}.get(member, member.__name__))
@@ -212,5 +212,5 @@ def _text(kind: Any) -> Iterator[str]:
     width = max((len(row["flag"]) for row in facts["flags"]), default=0)
     types_width = max((len(row["type"]) for row in facts["flags"]), default=0)
     for row in facts["flags"]:
-        default = "" if row["default"] is None else row["default"]
+        default = {None: "", "()": "", True: "yes", False: "no"}.get(row["default"], row["default"])
         yield f"  {row['flag']:<{width}}   {row['type']:<{types_width}}   {default}".rstrip()
