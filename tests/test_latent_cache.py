@@ -17,7 +17,7 @@ from convert_tools import VOCABULARY, converted, decode, decoder_of, forward, st
 from latent.passes.recipes.cross_layer_svd import CrossLayerSVD, cached_numbers
 from latent.passes.recipes.joint_latent import JointLatent
 from latent.rewriter.convert.attention import ConvertedAttention
-from latent.rewriter.convert.layer_groups import even_groups
+from latent.rewriter.convert.groups.grouping import even_groups
 from latent.rewriter.convert.rank import angles
 from zoo.build import build
 

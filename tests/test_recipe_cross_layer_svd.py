@@ -17,7 +17,7 @@ import latent
 from convert_tools import VOCABULARY, converted, decode, decoder_of, forward, step, tiny, tokens
 from latent.passes.recipes.cross_layer_svd import CrossLayerSVD, cached_numbers
 from latent.rewriter.convert import factored
-from latent.rewriter.convert.layer_groups import _partition, even_groups, given_groups
+from latent.rewriter.convert.groups.grouping import _partition, even_groups, given_groups
 from latent.rewriter.convert.layers import ConversionRefused
 from zoo.build import build
 

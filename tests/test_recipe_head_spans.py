@@ -19,8 +19,8 @@ from latent.rewriter.convert.attention import ConvertedAttention
 from latent.rewriter.convert.calibrate import Calibration
 from latent.rewriter.convert.layers import ConversionRefused, Decoder
 from latent.rewriter.convert.read_decoder import read_decoder
-from latent.rewriter.convert.span_plan import SpanPlan
-from latent.rewriter.convert.spans import Full, Span, Strided, Window, seen
+from latent.rewriter.convert.spans.plan import SpanPlan
+from latent.rewriter.convert.spans.span import Full, Span, Strided, Window, seen
 from torch import Tensor, nn
 
 SIZES: dict[str, Any] = {

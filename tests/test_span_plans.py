@@ -17,10 +17,10 @@ from latent.rewriter.convert.attention import ConvertedAttention
 from latent.rewriter.convert.calibrate import Calibration
 from latent.rewriter.convert.layers import ConversionRefused
 from latent.rewriter.convert.read_decoder import read_decoder
-from latent.rewriter.convert.span_allocation import allocate, candidates, pareto, window_of
-from latent.rewriter.convert.span_plan import PlanError, SpanPlan
-from latent.rewriter.convert.span_profile import influence, profile_spans, recall_gain, retrieval_scores
-from latent.rewriter.convert.spans import Full, Span, Strided, Window, seen, seen_in_band
+from latent.rewriter.convert.spans.allocation import allocate, candidates, pareto, window_of
+from latent.rewriter.convert.spans.plan import PlanError, SpanPlan
+from latent.rewriter.convert.spans.profile import influence, profile_spans, recall_gain, retrieval_scores
+from latent.rewriter.convert.spans.span import Full, Span, Strided, Window, seen, seen_in_band
 from torch import Tensor
 from typer.testing import CliRunner
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ...rewriter.convert.attention import ConvertedAttention
 from ...rewriter.convert.calibrate import Calibration
 from ...rewriter.convert.factored import Factored
-from ...rewriter.convert.layer_groups import cross_moments, even_groups, given_groups, similar_groups
+from ...rewriter.convert.groups.grouping import cross_moments, even_groups, given_groups, similar_groups
 from ...rewriter.convert.layers import AttentionLayer, ConversionRefused, Decoder, Rotary
 from ...rewriter.convert.memory import FullMemory, Memory, heads_of, unturned_keys
 from ...rewriter.convert.rank import angles
@@ -109,7 +109,7 @@ class CrossLayerSVD:
         calibration: Calibration,
     ) -> dict[int, list[Tensor]]:
         """B_l of the keys of every layer, [r, G d], and of its values, from calibration text."""
-        from ...rewriter.convert.factor_layers import leading
+        from ...rewriter.convert.groups.layers import leading
 
         found: dict[int, list[Tensor]] = {}
         moments = cross_moments(decoder, groups, calibration, self.name)
@@ -212,7 +212,7 @@ class CrossLayerMemory(Memory):
         return self.turned(_plus(first, key), turns), _plus(second, value)
 
     def cache_layer(self, make: Callable[[], Any]) -> Any:
-        from ...rewriter.convert.factor_layers import CalibratedLayer, PromptLayer
+        from ...rewriter.convert.groups.layers import CalibratedLayer, PromptLayer
 
         if self.calibrated:
             return CalibratedLayer(self.members, make, (self.basis_key, self.basis_value))

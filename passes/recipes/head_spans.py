@@ -23,13 +23,13 @@ from ...rewriter.convert.memory import FullMemory
 from ...rewriter.convert.reach import Reach
 from ...rewriter.convert.read_decoder import probe_tokens
 from ...rewriter.convert.recipe import Needs, part, recipe
-from ...rewriter.convert.span_allocation import allocate, candidates, window_of
-from ...rewriter.convert.span_attention import AtHand, Keys, attend_spans
-from ...rewriter.convert.span_cache import GrowingSpans, SpanLayer, leading
-from ...rewriter.convert.span_plan import SpanPlan, span_of, span_settings
-from ...rewriter.convert.span_profile import profile_spans
-from ...rewriter.convert.span_rings import FixedSpans
-from ...rewriter.convert.spans import Full, Span, Window
+from ...rewriter.convert.spans.allocation import allocate, candidates, window_of
+from ...rewriter.convert.spans.attention import AtHand, Keys, attend_spans
+from ...rewriter.convert.spans.cache import GrowingSpans, SpanLayer, leading
+from ...rewriter.convert.spans.plan import SpanPlan, span_of, span_settings
+from ...rewriter.convert.spans.profile import profile_spans
+from ...rewriter.convert.spans.rings import FixedSpans
+from ...rewriter.convert.spans.span import Full, Span, Window
 
 __all__ = ["HeadSpans", "SpanReach"]
 

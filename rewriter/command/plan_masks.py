@@ -9,7 +9,7 @@ from ..report_text import grouped
 from .targets import TargetError
 
 if TYPE_CHECKING:
-    from ..convert.span_plan import SpanPlan
+    from ..convert.spans.plan import SpanPlan
     from ..effective_masks import EffectiveMask
 
 __all__ = ["plan_classes", "plan_of_target"]
@@ -20,7 +20,7 @@ def plan_of_target(target: str) -> SpanPlan | None:
     path = Path(target)
     if path.suffix not in (".yaml", ".yml") and not path.is_dir():
         return None
-    from ..convert.span_plan import PlanError, SpanPlan
+    from ..convert.spans.plan import PlanError, SpanPlan
 
     try:
         return SpanPlan.load(path)
@@ -34,7 +34,7 @@ def plan_classes(plan: SpanPlan, layer: int | None, length: int) -> list[list[Ef
     """The masks of the heads; equal heads of equal layers together. Raises TargetError."""
     import torch
 
-    from ..convert.spans import Full, seen
+    from ..convert.spans.span import Full, seen
     from ..effective_masks import EffectiveMask
 
     if layer is not None and layer >= len(plan.layers):

@@ -18,8 +18,8 @@ from latent.rewriter.command.timing import Call, Times, first_call, take_turns
 from latent.rewriter.convert.attention import AttentionForm, attend
 from latent.rewriter.convert.cache import FixedLayer
 from latent.rewriter.convert.layers import CallForm
-from latent.rewriter.convert.span_plan import SpanPlan
-from latent.rewriter.convert.spans import Full, Span, Window
+from latent.rewriter.convert.spans.plan import SpanPlan
+from latent.rewriter.convert.spans.span import Full, Span, Window
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 

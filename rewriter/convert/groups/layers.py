@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from .cache import FixedLayer, GrowingLayer
-from .factored import Factored
+from ..cache import FixedLayer, GrowingLayer
+from ..factored import Factored
 
 __all__ = ["CalibratedLayer", "PromptLayer", "flat_rows", "leading"]
 

@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import ConvertedAttention
-from .calibrate import Calibration
-from .layers import Decoder
-from .memory import heads_of
-from .read_decoder import read_decoder
-from .rotation import rotate
-from .spans import Span, seen
+from ..attention import ConvertedAttention
+from ..calibrate import Calibration
+from ..layers import Decoder
+from ..memory import heads_of
+from ..read_decoder import read_decoder
+from ..rotation import rotate
+from .span import Span, seen
 
 __all__ = ["SpanProfile", "influence", "profile_spans", "recall_gain", "retrieval_scores"]
 

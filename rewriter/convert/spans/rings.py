@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compat import mark_static_address
-from .span_attention import AtHand, Keys, rows_at
-from .span_cache import Classes, Pair, SpanLayer, dropped, first_tokens
-from .spans import Span
+from ...compat import mark_static_address
+from .attention import AtHand, Keys, rows_at
+from .cache import Classes, Pair, SpanLayer, dropped, first_tokens
+from .span import Span
 
 __all__ = ["FixedSpans"]
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .layers import ConversionRefused
-from .span_plan import SpanPlan
-from .spans import Full, Span, Window
+from ..layers import ConversionRefused
+from .plan import SpanPlan
+from .span import Full, Span, Window
 
 __all__ = ["Allocation", "allocate", "candidates", "pareto", "window_of"]
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from .span_attention import AtHand, Keys, rows_at
-from .spans import Span
+from .attention import AtHand, Keys, rows_at
+from .span import Span
 
 __all__ = ["Classes", "GrowingSpans", "Pair", "SpanLayer", "dropped", "first_tokens", "leading"]
 

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .calibrate import Calibration, base_of, hidden_states
-from .layers import ConversionRefused, Decoder
-from .memory import unturned_keys
-from .norms import HeadNorm
+from ..calibrate import Calibration, base_of, hidden_states
+from ..layers import ConversionRefused, Decoder
+from ..memory import unturned_keys
+from ..norms import HeadNorm
 
 __all__ = ["cross_moments", "even_groups", "given_groups", "similar_groups"]
 

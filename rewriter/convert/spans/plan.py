@@ -17,7 +17,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from .spans import Full, Span, Strided, Window
+from .span import Full, Span, Strided, Window
 
 __all__ = ["PlanError", "SpanPlan", "span_of", "span_settings"]
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .attention import attend
-from .spans import Span, seen, seen_in_band
+from ..attention import attend
+from .span import Span, seen, seen_in_band
 
 __all__ = ["AtHand", "Keys", "attend_spans", "rows_at"]
 
