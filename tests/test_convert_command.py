@@ -10,31 +10,18 @@ import sys
 import latent
 import pytest
 import torch
-import transformers
 from latent.passes.recipes.joint_latent import JointLatent
 from latent.rewriter.command import recipe_flags
 from latent.rewriter.command.cli import app
 from latent.rewriter.evaluate.quality import Comparison
 from typer.testing import CliRunner
 
-tokenizers = pytest.importorskip("tokenizers")
-
-SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 SMALL = ("--text", "pkg:json", "--other", "pkg:email", "--length", 64, "--calibration-windows", 8, "--tokens", 200)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A model with a tokenizer of bytes."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    words = tokenizers.Tokenizer(tokenizers.models.BPE({c: n for n, c in enumerate(alphabet)}, []))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made = tmp_path_factory.mktemp("models") / "tiny"
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=256, hidden_size=32, intermediate_size=48, **SIZES)
-    transformers.LlamaForCausalLM(config).save_pretrained(made)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(made)
-    return made
+@pytest.fixture
+def folder(byte_model):
+    return byte_model
 
 
 def run(*arguments):

@@ -23,12 +23,12 @@ from ...rewriter.convert.memory import FullMemory
 from ...rewriter.convert.reach import Reach
 from ...rewriter.convert.read_decoder import probe_tokens
 from ...rewriter.convert.recipe import Needs, part, recipe
-from ...rewriter.convert.spans.allocation import allocate, candidates, window_of
+from ...rewriter.convert.spans.allocation import window_of
 from ...rewriter.convert.spans.attention import AtHand, Keys, attend_spans
 from ...rewriter.convert.spans.cache import GrowingSpans, SpanLayer, leading
 from ...rewriter.convert.spans.plan import SpanPlan, span_of, span_settings
-from ...rewriter.convert.spans.profile import profile_spans
 from ...rewriter.convert.spans.rings import FixedSpans
+from ...rewriter.convert.spans.search import search
 from ...rewriter.convert.spans.span import Full, Span, Window
 
 __all__ = ["HeadSpans", "SpanReach"]
@@ -79,15 +79,21 @@ class HeadSpans:
     def _plan(self, attentions: Sequence[ConvertedAttention], decoder: Decoder, calibration: Calibration) -> SpanPlan:
         if self.plan is not None:
             return SpanPlan.load(self.plan) if isinstance(self.plan, str) else self.plan
-        rows = calibration.required(self.name).shape[1]
-        lengths = self.lengths or (rows,)
-        groups = [layer.groups for layer in decoder.layers]
         if self.measure == "uniform":
-            return SpanPlan(tuple((window_of(self.density, lengths, self.sinks),) * heads for heads in groups))
-        choices = candidates(lengths, self.sinks, rows)
-        found = profile_spans(attentions, decoder, calibration, choices)
-        costs = found.influence if self.measure == "influence" else found.mass
-        return allocate(costs, choices, self.density, lengths, self.classes).plan
+            lengths = self.lengths or (calibration.required(self.name).shape[1],)
+            span = window_of(self.density, lengths, self.sinks)
+            return SpanPlan(tuple((span,) * layer.groups for layer in decoder.layers))
+        found = search(
+            decoder,
+            calibration,
+            [self.density],
+            measure=self.measure,
+            sinks=self.sinks,
+            classes=self.classes,
+            lengths=self.lengths,
+            attentions=attentions,
+        )
+        return found[0].plan
 
 
 def _refuse_other_memory(attention: ConvertedAttention, path: str) -> None:

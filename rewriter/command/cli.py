@@ -38,6 +38,7 @@ from .eval import evaluate
 from .explain import explain
 from .masks import masks
 from .mlir import mlir
+from .plan import plan
 from .recipe_flags import recipes
 from .report import report
 from .rules import patterns, rewrites
@@ -168,6 +169,7 @@ for command in (explain, report, dump, diff, masks, bench, bisect, mlir, env, de
 app.command(name="eval")(evaluate)
 app.command(context_settings=_OF_RECIPES)(convert)
 app.command()(recipes)
+app.command()(plan)
 app.add_typer(rewrites, name="rewrites")
 app.add_typer(patterns, name="patterns")
 

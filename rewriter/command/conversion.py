@@ -26,7 +26,7 @@ from ..evaluate.quality import Comparison, compare, remember
 from ..evaluate.texts import Text, calibration_tokens, scored_tokens
 from .recipe_flags import with_choices
 
-__all__ = ["Conversion", "ConversionError", "Drawn", "LayerFacts", "Request", "carry_out", "draw", "write"]
+__all__ = ["Conversion", "ConversionError", "Drawn", "LayerFacts", "Request", "bars", "carry_out", "draw", "write"]
 
 PROMPT, TOKENS = 64, 20
 """Tokens whose logits, and greedy tokens after them, a model must give again after it was loaded."""
@@ -157,7 +157,7 @@ def _about(recipe: Any) -> str:
 
 def changed(model: nn.Module, recipes: Sequence[Any], tokens: Tensor | None, bar: Counted) -> tuple[Any, list[str]]:
     """The converted model, and what was warned of."""
-    with warnings.catch_warnings(record=True) as caught, _bars(bar) as progress:
+    with warnings.catch_warnings(record=True) as caught, bars(bar) as progress:
         warnings.simplefilter("always")
         made = convert(model, recipes, tokens, progress=progress)
     said = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
@@ -165,7 +165,7 @@ def changed(model: nn.Module, recipes: Sequence[Any], tokens: Tensor | None, bar
 
 
 @contextlib.contextmanager
-def _bars(counted: Counted) -> Iterator[Callable[[str, int, int], None]]:
+def bars(counted: Counted) -> Iterator[Callable[[str, int, int], None]]:
     """A bar for everything that says how far it is, one after another."""
     shown: dict[str, Any] = {"what": None, "done": 0, "tick": None}
     with contextlib.ExitStack() as stack:

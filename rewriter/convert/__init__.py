@@ -2,10 +2,11 @@
 
 read_decoder    every attention of a decoder as weights, checked against what the model computes
 calibrate       what a recipe learns from text
-recipe          what is asked for: from a layer to its change
-attention       the module that takes the place of an attention, and its memory
+recipe          what is asked for: from layers to their changes
+attention       the module that takes the place of an attention: memory (keys, values), reach (which of them), gate
 cache           what is kept from call to call
-spans           which tokens heads see: kinds, plans (span_plan), attention (span_attention), caches (span_cache,
-                span_rings), and how plans are found (span_profile, span_allocation)
+store           what is written to disk
 convert         all of it in order
+
+spans and groups are what recipes of heads and of several layers have in common.
 """
