@@ -166,7 +166,7 @@ def prepared(model: nn.Module, length: int, compiled: bool) -> Iterator[Tensor]:
     cache = latent.LatentCache(model, max_length=length + 64)
     for layer in range(config.num_hidden_layers):
         shape = (1, config.num_key_value_heads, length, config.head_dim)
-        cache.update(torch.randn(shape), torch.randn(shape), layer)
+        cache.keep(torch.randn(shape), torch.randn(shape), None, None, layer)
     run = torch.compile(copy.copy(model), backend="latent") if compiled else model
     while True:
         with torch.no_grad():
