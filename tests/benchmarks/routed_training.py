@@ -31,7 +31,7 @@ LENGTH, BATCH = 128, 8
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--steps", type=int, default=1000, help="of the dense model, before")
-    options.add_argument("--more", type=int, default=300, help="steps of either, after")
+    options.add_argument("--more", type=int, default=600, help="steps of either, after")
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--share", type=float, default=0.75)
     options.add_argument("--shared", type=int)
@@ -76,7 +76,7 @@ def training(recipe: RoutedHeads, steps: int, more: int, seeds: int) -> None:
         routed = convert(dense.eval(), recipe, calibrate=sample)
         before = loss_of(dense, unseen), loss_of(routed, unseen)
         for model in (dense, routed):
-            train(model, learnt, more, 1e-3, seed + 1000)
+            train(model, learnt, more, 2e-3, seed + 1000)
         after = loss_of(dense, unseen), loss_of(routed, unseen)
         ratios = f"{after[1] / before[0] - 1:+.1%} before, {after[1] / after[0] - 1:+.1%} after"
         rows.append((str(seed), *(f"{loss:.4f}" for loss in (*before, *after)), ratios))
@@ -166,7 +166,7 @@ def prepared(model: nn.Module, length: int, compiled: bool) -> Iterator[Tensor]:
     cache = latent.LatentCache(model, max_length=length + 64)
     for layer in range(config.num_hidden_layers):
         shape = (1, config.num_key_value_heads, length, config.head_dim)
-        cache.update(torch.randn(shape), torch.randn(shape), layer)
+        cache.keep(torch.randn(shape), torch.randn(shape), None, None, layer)
     run = torch.compile(copy.copy(model), backend="latent") if compiled else model
     while True:
         with torch.no_grad():
