@@ -50,9 +50,9 @@ def head_pictures(
         for mask, proof in zip(mask_tensors(site), site.masks, strict=True)
     ]
     differ = any(set(dim) & set(outer) for _, layout in masks for dim in layout)
-    count = concrete(size_of(outer))
+    count = sympy.sympify(size_of(outer)).subs(hints)
     queries, keys = (places(dim, hints, SIDE) for dim in (site.axes.queries, site.axes.keys))
-    if not differ or count > HEADS or queries is None or keys is None:
+    if not differ or not count.is_Integer or count > HEADS or queries is None or keys is None:
         return ()
     if not all(_is_known(proof, buffers) for proof, _ in masks):
         return ()
@@ -66,7 +66,7 @@ def head_pictures(
         )
         parts.append((seen, [layout[n] for n in others]))
     pictures = []
-    for head in range(count):
+    for head in range(int(count)):
         place = place_in(outer, head)
         visible = flags_at(site, queries, keys)
         for seen, dims in parts:

@@ -14,11 +14,11 @@ import torch
 import transformers
 from latent.passes.recipes.head_spans import HeadSpans, SpanReach, permute_heads
 from latent.passes.recipes.joint_latent import JointLatent
-from latent.rewriter.convert import span_attention
 from latent.rewriter.convert.attention import ConvertedAttention
 from latent.rewriter.convert.calibrate import Calibration
 from latent.rewriter.convert.layers import ConversionRefused, Decoder
 from latent.rewriter.convert.read_decoder import read_decoder
+from latent.rewriter.convert.spans import attention as span_attention
 from latent.rewriter.convert.spans.plan import SpanPlan
 from latent.rewriter.convert.spans.span import Full, Span, Strided, Window, seen
 from torch import Tensor, nn
