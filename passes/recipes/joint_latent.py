@@ -25,7 +25,6 @@ from ...rewriter.convert.memory import Memory, heads_of
 from ...rewriter.convert.rank import even_ranks, ranks_by_energy
 from ...rewriter.convert.recipe import Needs, part, recipe
 from ...rewriter.convert.rotation import Turns
-from ...rewriter.convert.tune import tune
 
 __all__ = ["JointLatent", "JointMemory", "basis", "factors", "keys_of", "stacked"]
 
@@ -37,8 +36,7 @@ class JointLatent:
 
     `rank` is r for every layer; without it the ranks fit into `share` of the bytes that keys and values take, angles of
     the positions included. With `ranks="energy"` layers get what their spectra need, at the same total. Without `weigh`
-    all columns count alike, without `balance` so do keys and values. `tune` steps of gradient descent fit each layer to
-    its attention's own output afterwards.
+    all columns count alike, without `balance` so do keys and values.
     """
 
     rank: int | None = None
@@ -46,7 +44,6 @@ class JointLatent:
     ranks: Literal["even", "energy"] = "even"
     weigh: bool = True
     balance: bool = True
-    tune: int = 0
 
     name: ClassVar[str] = "joint_latent"
     needs: ClassVar[Needs] = "text"
@@ -68,8 +65,6 @@ class JointLatent:
         for at, (vectors, _, rho) in enumerate(bases):
             memory = JointMemory.of(decoder.layers[at], vectors[:, : wanted[at]], rho, weights[at])
             attentions[at].replace_memory(memory, self.name)
-        if self.tune:
-            tune(attentions, decoder, calibration, self.tune, self.name)
 
 
 def keys_of(layer: AttentionLayer) -> int:
