@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 
 import latent
 from convert_models import CONFIGS, attention_error, convert, decoder, layer, limit, text, tiny
-from latent.passes.recipes.joint_latent import JointLatent, JointMemory, basis, keys_of, stacked
+from latent.passes.recipes.joint_latent import JointLatent, JointMemory, basis, keys_of, stacked, weighing
 from latent.rewriter.convert.calibrate import Calibration
 from latent.rewriter.convert.layers import ConversionRefused
 from torch import Tensor
@@ -91,3 +91,23 @@ def test_text_is_required() -> None:
 
 def test_it_is_a_recipe() -> None:
     assert latent.recipes()["joint_latent"] is JointLatent
+
+
+@pytest.mark.parametrize("name", ["llama", "cohere", "gpt_neox", "gpt2"])
+def test_errors_are_weighed_by_what_reads_them(name: str) -> None:
+    """|D_v δv|² is what the heads of a group add to the output; columns that rope mixes count alike."""
+    one = layer(name)
+    felt = torch.rand(one.heads * one.key_width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights, keys = weighing(one, felt), keys_of(one)
+    delta = torch.randn(one.groups, one.value_width, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    heads = delta.repeat_interleave(one.heads // one.groups, 0)
+    per_head = torch.einsum("che,he->ch", one.output.weight, heads)
+    found = (weights[keys:, keys:] @ delta.flatten()).square().sum()
+    torch.testing.assert_close(found, per_head.square().sum(), rtol=1e-6, atol=0)
+    columns = weights.diagonal()[:keys].view(one.groups, -1)
+    wanted = felt.view(one.groups, -1, one.key_width).sum(1)
+    torch.testing.assert_close(columns.square().sum(1), wanted.sum(1))  # rope keeps the sum of a pair's squares
+    if one.rotary is not None:
+        turned = columns[:, one.rotary.first : one.rotary.first + one.rotary.width]
+        pairs = turned.view(one.groups, 2, -1).mT if one.rotary.form == "half" else turned.view(one.groups, -1, 2)
+        assert torch.equal(pairs[..., 0], pairs[..., 1])

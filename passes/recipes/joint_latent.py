@@ -26,7 +26,7 @@ from ...rewriter.convert.rank import even_ranks, ranks_by_energy
 from ...rewriter.convert.recipe import Needs, part, recipe
 from ...rewriter.convert.rotation import Turns
 
-__all__ = ["JointLatent", "JointMemory", "basis", "factors", "keys_of", "stacked"]
+__all__ = ["JointLatent", "JointMemory", "basis", "factors", "keys_of", "stacked", "weighing"]
 
 
 @recipe
