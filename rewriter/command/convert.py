@@ -40,7 +40,7 @@ def convert(
         Optional[list[str]],  # noqa: UP045
         typer.Option("--other", metavar="FILE|pkg:NAME", help="Score a text never calibrated on. Else pkg:stdlib."),
     ] = None,
-    windows: Annotated[int, typer.Option("--calibration-windows", min=1, help="Windows to calibrate on.")] = 24,
+    windows: Annotated[int, typer.Option("--calibration-windows", min=1, help="Windows to calibrate on.")] = 48,
     tokens: Annotated[int, typer.Option(min=0, help="Scored tokens of each text; 0: no perplexity.")] = 4096,
     length: Annotated[int, typer.Option(min=8, help="Tokens of a window.")] = 512,
     limit: Annotated[
