@@ -149,7 +149,7 @@ def emit_mask(emit: Emitter, form: Canonical, scores: ScoreForm, query: fx.Node)
                 if not step.keep:
                     keep = emit.call(aten.logical_not.default, keep)
                 base = mask if mask is not None else _number(emit, keep, 0.0, dtype)
-                fill = max(step.value, torch.finfo(dtype).min) if step.value != float("-inf") else step.value
+                fill = _fill(step, scores, dtype)
                 mask = emit.call(aten.where.self, keep, base, _number(emit, keep, fill, dtype))
                 if step.value > HIDES:
                     seen = emit.call(aten.any.dim, keep, -1, True)
@@ -161,6 +161,17 @@ def emit_mask(emit: Emitter, form: Canonical, scores: ScoreForm, query: fx.Node)
                     by = emit.relayout(step.by, step.layout, target) if step.layout else step.by
                     mask = emit.call(aten.div.Tensor if step.divide else aten.mul.Tensor, mask, by)
     return mask, query
+
+
+def _fill(step: Fill, scores: ScoreForm, dtype: torch.dtype) -> float:
+    """The number to add in place of a fill, such that a row that it hides altogether is uniform, as it was.
+
+    A single fill that hides can be any number that hides: the lowest, beside which a score vanishes in fp64 as well.
+    """
+    lowest = torch.finfo(dtype).min
+    if step.value == float("-inf"):
+        return step.value
+    return lowest if step.value <= HIDES and len(scores.masks) == 1 else max(step.value, lowest)
 
 
 def _number(emit: Emitter, like: fx.Node, value: float, dtype: torch.dtype) -> fx.Node:

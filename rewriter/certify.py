@@ -1,8 +1,9 @@
 """Numeric proof of one application: the region cut out and its replacement run side by side on random inputs.
 
 Everything floating point runs in fp64, so an exact rewrite agrees to rounding: 1e-9 of the result's size. The inputs
-are the nodes that both sides read; what the match relies on (a proven mask) is computed from the graph's own inputs.
-Rows for which the original has no finite answer (no visible key under a fill of -inf) are not compared.
+are the nodes that both sides read, but for those that others of them determine; what the match relies on (a proven
+mask) is computed from the graph's own inputs. Rows for which the original has no finite answer (no visible key under a
+fill of -inf) are not compared.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class Comparison:
         new = set(new)
         read = {node for added in new for node in _made_of(added)}
         inputs = {_bare(node) for node in read - new - {original}} - _ancestors(evaluate) - {original}
+        inputs -= _determined(inputs)
         needed = _needed(original, inputs) | _needed(replacement, inputs)
         return cls(original, replacement, tuple(sorted(needed)), frozenset(inputs))
 
@@ -117,6 +119,32 @@ def _needed(node: fx.Node, inputs: set[fx.Node]) -> set[fx.Node]:
         if top not in inputs:
             pending.extend(_made_of(top))
     return found
+
+
+def _determined(inputs: set[fx.Node]) -> set[fx.Node]:
+    """Inputs that others among them determine: drawn at random they would contradict them, so they are computed.
+
+    With k = W c and scores k kᵀ, a replacement that absorbs W reads k as the query, and W and c beside it.
+    """
+    found: dict[fx.Node, bool] = {}
+
+    def determined(node: fx.Node) -> bool | None:
+        """None for what has not been looked at yet."""
+        if node in inputs or node.op == "get_attr" or not isinstance(node.meta.get("val"), torch.Tensor):
+            return True
+        return found.get(node) if _made_of(node) else False
+
+    for node in inputs:
+        pending = [node]
+        while pending:
+            parts = [(part, determined(part)) for part in _made_of(pending[-1])]
+            unknown = next((part for part, is_determined in parts if is_determined is None), None)
+            refuted = not parts or any(is_determined is False for _, is_determined in parts)
+            if unknown is None or refuted:
+                found[pending.pop()] = not refuted
+            else:
+                pending.append(unknown)
+    return {node for node in inputs if found[node]}
 
 
 def _elements(node: fx.Node) -> int:

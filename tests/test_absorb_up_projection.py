@@ -160,6 +160,17 @@ def test_keys_alone_beside_a_rotary_part(S: int) -> None:
     assert found.verdict.outcome == "applied" and found.error < 1e-5, found
 
 
+def test_keys_that_are_the_queries_too() -> None:
+    """The certificate computes what is queries and, absorbed, keys: drawn at random, the two would contradict."""
+
+    def tied(latent: Tensor, weight: Tensor) -> Tensor:
+        key = F.linear(latent, weight).view(B, -1, H, D + E).transpose(1, 2)
+        return attend(key, key, key)
+
+    found = outcome("absorb_up_projection", tied, *(tensors()[name] for name in ("latent", "weight")))
+    assert found.verdict.outcome == "applied" and found.error < 1e-5
+
+
 def test_what_is_not_linear_is_refused() -> None:
     def bent(query: Tensor, latent: Tensor, weight: Tensor) -> Tensor:
         key, value = keys_and_values(latent, weight)

@@ -42,6 +42,20 @@ def test_mild_fill_gives_hidden_rows_the_mean_of_the_values() -> None:
     assert found.verdict.outcome == "applied" and found.error < 1e-5
 
 
+@pytest.mark.parametrize("fill", [-1e9, -1e30, torch.finfo(torch.float32).min])
+def test_any_fill_that_hides_is_certified_where_it_hides_a_whole_row(fill: float) -> None:
+    """As if queries, keys and values were one tensor and every key were padding: uniform, in fp64 too."""
+    hide_ST = torch.zeros(S, S, dtype=torch.bool)
+    hide_ST[2] = True
+
+    def filled(tokens: Tensor, hide: Tensor) -> Tensor:
+        return (tokens @ tokens.mT).masked_fill(hide, fill).softmax(-1) @ tokens
+
+    few = torch.randn(B, H, 2, D)  # of two keys the certificate's random mask hides both in some rows
+    found = outcome("fuse_attention", filled, few, hide_ST[2:4, :2])
+    assert found.verdict.outcome == "applied" and found.error < 1e-5
+
+
 def test_two_products_are_one_of_twice_the_width() -> None:
     def absorbed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return (query @ key.mT * 0.5 + query.flip(-1) @ (key * key).mT * 0.25).softmax(-1) @ value
