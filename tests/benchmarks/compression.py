@@ -66,85 +66,54 @@ def half_cache(model: Any) -> Any:
     return cache
 
 
-class WindowLayer(DynamicLayer):  # type: ignore[misc]
-    """The first tokens and the last ones, the same of every head: what plans of spans have to beat.
-
-    Keys are kept with their rotation, so that the tokens keep their distances.
-    """
-
-    sinks = 4
-
-    def __init__(self, window: int) -> None:
-        super().__init__()
-        self.window, self.total = window, 0
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        seen = super().update(keys, values, *args, **kwargs)
-        self.total += keys.shape[-2]
-        if seen[0].shape[-2] > self.sinks + self.window:
-            kept = (torch.cat([t[..., : self.sinks, :], t[..., -self.window :, :]], dim=-2) for t in seen)
-            self.keys, self.values = kept
-        return seen
-
-    def get_seq_length(self) -> int:
-        return self.total
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        held = self.keys.shape[-2] if self.is_initialized else 0
-        return held + query_length, self.total - held
-
-
-def window_cache(window: int) -> CacheOf:
-    def make(model: Any) -> Any:
-        cache = DynamicCache(config=model.config)
-        cache.layers = [WindowLayer(window) for _ in cache.layers]
-        return cache
-
-    return make
-
-
 def by(recipe: Any) -> Callable[[Any, torch.Tensor], Any]:
     return lambda model, tokens: latent.convert(model, recipe, tokens, inplace=True)
 
 
-METHODS: tuple[Method, ...] = (
-    Method("joint latent 75 %", by(latent.JointLatent(share=0.75))),
-    Method("joint latent 50 %", by(latent.JointLatent(share=0.5))),
-    Method("joint, not weighed 50 %", by(latent.JointLatent(share=0.5, weigh=False))),
-    Method("separate latents 75 %", by(latent.SeparateLatent(share=0.75))),
-    Method("separate latents 50 %", by(latent.SeparateLatent(share=0.5))),
-    Method("TransMLA full rank", by(latent.TransMLA(share=1.0))),
-    Method("TransMLA 75 %", by(latent.TransMLA(share=0.75))),
-    Method("TransMLA 50 %", by(latent.TransMLA(share=0.5))),
-    Method("weights only 50 %", by(latent.WeightSVD(share=0.5)), calibrated=False),
-    Method("spans 50 %", by(latent.HeadSpans(density=0.5))),
-    Method("spans 25 %", by(latent.HeadSpans(density=0.25))),
-    Method("joint latent 25 %", by(latent.JointLatent(share=0.25))),
-    *(
-        Method(
-            f"xKV, groups of {n}, {share} %", by(latent.CrossLayerSVD(group=n, share=share / 100, length=512, least=1))
-        )
-        for share in (50, 25)
-        for n in (1, 2, 3, 5)
-    ),
-    Method("window 50 %", cache_of=window_cache(252), calibrated=False),
-    Method("window 25 %", cache_of=window_cache(124), calibrated=False),
-    Method("16-bit cache", cache_of=half_cache, calibrated=False),
-)
+def methods(prompt: int, length: int) -> tuple[Method, ...]:
+    """Every line of the table, for windows of `length` tokens of which the first `prompt` are read in one call."""
+    shares = (75, 50, 25)
+    return (
+        *(Method(f"joint latent {share} %", by(latent.JointLatent(share=share / 100))) for share in shares),
+        Method("joint, not weighed 50 %", by(latent.JointLatent(share=0.5, weigh=False))),
+        *(Method(f"separate latents {share} %", by(latent.SeparateLatent(share=share / 100))) for share in shares),
+        Method("TransMLA full rank", by(latent.TransMLA(share=1.0))),
+        *(Method(f"TransMLA {share} %", by(latent.TransMLA(share=share / 100))) for share in shares),
+        Method("weights only 50 %", by(latent.WeightSVD(share=0.5)), calibrated=False),
+        *(Method(f"spans {share} %", by(latent.HeadSpans(density=share / 100))) for share in (50, 25)),
+        *(
+            Method(
+                f"one window {share} %",
+                by(latent.HeadSpans(density=share / 100, measure="uniform", lengths=(length,))),
+                calibrated=False,
+            )
+            for share in (50, 25)
+        ),
+        *(
+            Method(
+                f"xKV, groups of {n}, {share} %",
+                by(latent.CrossLayerSVD(group=n, share=share / 100, length=prompt, least=1)),
+                calibrated=False,
+            )
+            for share in (50, 25)
+            for n in (1, 2, 3, 5)
+        ),
+        Method("16-bit cache", cache_of=half_cache, calibrated=False),
+    )
 
 
-def main(methods: Sequence[Method] = METHODS) -> None:
-    given = _arguments(methods)
+def main() -> None:
+    given = _arguments()
     folder = str(given.folder or smollm2_folder())
     lengths = sorted({given.length, *given.filled})
     protocol = Protocol(given.tokens, given.length, given.prefix, given.call, tuple(given.gap), lengths=tuple(lengths))
     tokenizer = load_tokenizer(Path(folder))
-    drawn = draw(tokenizer, [read_text(name) for name in DEFAULT_TEXTS], protocol)
+    drawn = draw(tokenizer, [read_text(name) for name in given.text], protocol)
     calibrating = [read_text(name) for name in given.calibrate]
     settings = {
         "protocol": asdict(protocol),
         "calibrate": given.calibrate,
-        "windows": given.windows,
+        "windows": [given.windows, given.rows],
         "texts": {sample.text: sample.digest for sample in drawn.samples},
     }
     runs = Runs(given.out, settings)
@@ -155,14 +124,20 @@ def main(methods: Sequence[Method] = METHODS) -> None:
         found = evaluate_original(DENSE, original, drawn, protocol, known, cache_for, bar(DENSE))
         runs.add(DENSE, 0, found)
     del original
-    for method in methods:
-        if given.method and method.name not in given.method:
-            continue
+    for method in chosen(given):
         for seed in range(given.seeds if method.calibrated else 1):
             if runs.missing(method.name, seed):
-                tokens = calibration_tokens(tokenizer, calibrating, given.windows, 256, seed)
+                tokens = calibration_tokens(tokenizer, calibrating, given.windows, given.rows, seed)
                 runs.add(method.name, seed, measured(method, folder, tokens, drawn, protocol, known))
         print(f"\n{table(runs.found)}\n", flush=True)
+
+
+def chosen(given: argparse.Namespace) -> list[Method]:
+    """The methods asked for, all of them if none is."""
+    every = {method.name: method for method in methods(given.prefix, given.length)}
+    if unknown := [name for name in given.method if name not in every]:
+        raise SystemExit(f"no method {unknown[0]!r}; there are: {', '.join(every)}")
+    return [every[name] for name in given.method or every]
 
 
 def measured(
@@ -259,17 +234,19 @@ def spread(same: Sequence[dict[str, Any]], text: int, what: str, which: str, fac
     return f"{factor * statistics.stdev(values(same, text, what, which)):.2f}" if len(same) > 1 else "–"
 
 
-def _arguments(methods: Sequence[Method]) -> argparse.Namespace:
+def _arguments() -> argparse.Namespace:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--folder", help="another model than SmolLM2")
-    options.add_argument("--method", action="append", default=[], choices=[m.name for m in methods])
+    options.add_argument("--method", action="append", default=[], help="a line of the table")
     options.add_argument("--tokens", type=int, default=20_000, help="scored of each text")
     options.add_argument("--length", type=int, default=512, help="tokens of a window, and of the caches compared")
     options.add_argument("--prefix", type=int, default=128, help="tokens that are read in one call, and not scored")
     options.add_argument("--call", type=int, default=32, help="scored tokens of a call")
     options.add_argument("--seeds", type=int, default=3, help="draws of calibration text")
     options.add_argument("--calibrate", nargs="+", default=[DEFAULT_TEXTS[0]], help="texts; several are mixed")
-    options.add_argument("--windows", type=int, default=48, help="of 256 tokens, to calibrate on")
+    options.add_argument("--text", nargs="+", default=list(DEFAULT_TEXTS), help="texts to score")
+    options.add_argument("--windows", type=int, default=48, help="windows of text to calibrate on")
+    options.add_argument("--rows", type=int, default=256, help="tokens of such a window")
     options.add_argument("--gap", type=int, nargs="*", default=[128, 512, 2048])
     options.add_argument("--filled", type=int, nargs="+", default=[512, 2048])
     options.add_argument("--out", type=Path, default=Path("compression.jsonl"))
