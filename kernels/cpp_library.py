@@ -125,7 +125,7 @@ def kernel(spec: KernelSpec, path: Path) -> Callable[[Call], Tensor]:
                 *k.stride()[:3],
                 *(_NO_STRIDES if kr is None else kr.stride()[:3]),
                 *(_NO_STRIDES if v is None else v.stride()[:3]),
-                *((0, 0, 0, 0) if mask is None else mask.expand(B, H, S, T).stride()),
+                *((0, 0, 0, 0) if mask is None else _broadcast_strides(mask)),
                 *(causal, window, offset, torch.get_num_threads()),
                 *(scale, cap),
             )
@@ -133,6 +133,10 @@ def kernel(spec: KernelSpec, path: Path) -> Callable[[Call], Tensor]:
         return out
 
     return run
+
+
+def _broadcast_strides(mask: Tensor) -> list[int]:
+    return [0 if n == 1 else stride for n, stride in zip(mask.shape, mask.stride(), strict=True)]
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -91,45 +91,61 @@ class KernelSpec:
         )
 
 
+Form = tuple[torch.dtype, torch.Size]
+
+
+def form_of(tensor: Tensor | None) -> Form | None:
+    return None if tensor is None else (tensor.dtype, tensor.shape)
+
+
 def spec_of(call: Call) -> KernelSpec:
     """The specification that a call needs. Raises ValueError for tensors that do not belong together."""
-    query, key, value, mask = call.query, call.key, call.value, call.mask
-    B, H, S, D = query.shape
-    K, T = key.shape[1], key.shape[2]
-    if key.shape != (B, K, T, D) or K == 0 or H % K:
-        raise ValueError(
-            f"queries {tuple(query.shape)} and keys {tuple(key.shape)} do not fit: [B H S D] and [B K T D]"
-        )
-    if value is not None and value.shape[:3] != (B, K, T):
-        raise ValueError(f"values {tuple(value.shape)} do not fit keys {tuple(key.shape)}: [B K T E] and [B K T D]")
-    if (call.query_rope is None) != (call.key_rope is None):
+    return spec_of_forms(*map(form_of, call[:7]), call.cap > 0.0, call.totals)  # type: ignore[arg-type]
+
+
+def spec_of_forms(
+    query: Form,
+    query_rope: Form | None,
+    key: Form,
+    key_rope: Form | None,
+    value: Form | None,
+    mask: Form | None,
+    sinks: Form | None,
+    capped: bool,
+    totals: bool,
+) -> KernelSpec:
+    """The same, from dtypes and shapes alone."""
+    (dtype, (B, H, S, D)), (_, (_, K, T, _)) = query, key
+    if key[1] != (B, K, T, D) or K == 0 or H % K:
+        raise ValueError(f"queries {tuple(query[1])} and keys {tuple(key[1])} do not fit: [B H S D] and [B K T D]")
+    if value is not None and value[1][:3] != (B, K, T):
+        raise ValueError(f"values {tuple(value[1])} do not fit keys {tuple(key[1])}: [B K T E] and [B K T D]")
+    if (query_rope is None) != (key_rope is None):
         raise ValueError("a rotary part is given for the queries alone, or for the keys alone")
-    if call.query_rope is not None and call.key_rope is not None:
-        R = call.query_rope.shape[-1]
-        if call.query_rope.shape != (B, H, S, R) or call.key_rope.shape != (B, K, T, R):
-            raise ValueError(
-                f"the rotary parts {tuple(call.query_rope.shape)}, {tuple(call.key_rope.shape)} do not fit"
-            )
-    others = [t for t in (call.query_rope, key, call.key_rope, value) if t is not None]
-    if any(t.dtype != query.dtype for t in others):
-        raise ValueError(f"mixed dtypes: {[str(t.dtype) for t in (query, *others)]}")
+    if query_rope is not None and key_rope is not None:
+        R = query_rope[1][-1]
+        if query_rope[1] != (B, H, S, R) or key_rope[1] != (B, K, T, R):
+            raise ValueError(f"the rotary parts {tuple(query_rope[1])}, {tuple(key_rope[1])} do not fit")
+    dtypes = [form[0] for form in (query, query_rope, key, key_rope, value) if form is not None]
+    if any(other != dtype for other in dtypes):
+        raise ValueError(f"mixed dtypes: {[str(other) for other in dtypes]}")
     if mask is not None and (
-        mask.dim() != 4 or any(m not in (1, n) for m, n in zip(mask.shape, (B, H, S, T), strict=True))
+        len(mask[1]) != 4 or any(m not in (1, n) for m, n in zip(mask[1], (B, H, S, T), strict=True))
     ):
-        raise ValueError(f"a mask {tuple(mask.shape)} does not broadcast to {(B, H, S, T)}")
-    if call.sinks is not None and call.sinks.shape != (H,):
-        raise ValueError(f"sinks {tuple(call.sinks.shape)} are not one for each of {H} heads")
-    kind: MaskKind = "none" if mask is None else "bool" if mask.dtype == torch.bool else "additive"
+        raise ValueError(f"a mask {tuple(mask[1])} does not broadcast to {(B, H, S, T)}")
+    if sinks is not None and sinks[1] != (H,):
+        raise ValueError(f"sinks {tuple(sinks[1])} are not one for each of {H} heads")
+    kind: MaskKind = "none" if mask is None else "bool" if mask[0] == torch.bool else "additive"
     return KernelSpec(
-        dtype=query.dtype,
+        dtype=dtype,
         width=D,
-        rope_width=0 if call.query_rope is None else call.query_rope.shape[-1],
-        value_width=None if value is None else value.shape[-1],
+        rope_width=0 if query_rope is None else query_rope[1][-1],
+        value_width=None if value is None else value[1][-1],
         mask=kind,
-        mask_dtype=mask.dtype if mask is not None and kind == "additive" else None,
-        capped=call.cap > 0.0,
-        sinks=call.sinks is not None,
-        totals=call.totals,
+        mask_dtype=mask[0] if mask is not None and kind == "additive" else None,
+        capped=capped,
+        sinks=sinks is not None,
+        totals=totals,
     )
 
 

@@ -14,6 +14,7 @@ import torch
 import transformers
 from latent.passes.recipes.head_spans import HeadSpans, SpanReach, permute_heads
 from latent.passes.recipes.joint_latent import JointLatent
+from latent.passes.recipes.routed_heads import RoutedHeads
 from latent.rewriter.convert.attention import ConvertedAttention
 from latent.rewriter.convert.calibrate import Calibration
 from latent.rewriter.convert.layers import ConversionRefused, Decoder
@@ -351,6 +352,7 @@ def test_what_does_not_hold_is_refused_with_a_reason() -> None:
         ([JointLatent(rank=24), spans], "it remembers a JointMemory, one for all heads"),
         ([spans, JointLatent(rank=24)], "an earlier recipe gave its heads spans"),
         ([spans, spans], "its heads have spans already"),
+        ([RoutedHeads(share=1.0), spans], "its heads are routed by their places"),
         ([HeadSpans(plan=SpanPlan.uniform(3, 3, Full()))], "the plan has 3 layers, the model 2"),
         ([HeadSpans(plan=SpanPlan.uniform(2, 6, Full()))], "the plan gives layer 0 6 heads, and it has 3 key heads"),
         ([HeadSpans(density=0.01)], "The narrowest span takes"),

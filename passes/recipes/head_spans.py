@@ -102,6 +102,12 @@ def _refuse_other_memory(attention: ConvertedAttention, path: str) -> None:
         raise ConversionRefused(path, f"it remembers a {held}, one for all heads, so that spans of heads save nothing")
     if attention.reach is not None:
         raise ConversionRefused(path, "its heads have spans already")
+    if attention.gate is not None:
+        raise ConversionRefused(
+            path,
+            "its heads are routed by their places, and spans bring them into another order",
+            "Give the recipe of the spans before that of the routing.",
+        )
 
 
 def _refuse_future(model: nn.Module) -> None:

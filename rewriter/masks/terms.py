@@ -24,6 +24,10 @@ Indices: TypeAlias = tuple[sympy.Expr, ...]
 Relation: TypeAlias = Literal["==", "!=", ">=", "<="]
 
 
+LONG = 100
+"""Characters of the longest term that is written out."""
+
+
 def batch_index(dim: int) -> sympy.Symbol:
     """The index variable of a dimension of the mask that is neither queries nor keys."""
     return sympy.Symbol(f"b{dim}", integer=True, nonnegative=True)
@@ -167,10 +171,18 @@ class MaskProof:
     def describe(self) -> str:
         """The terms in a few words: "causal, window 4096, padding"."""
         causal = next((term for term in self.terms if isinstance(term, Causal)), None)
-        words = ", ".join(_words(term, causal) for term in self.terms) or "none"
+        words = ", ".join(dict.fromkeys(self._brief(term, causal) for term in self.terms)) or "none"
         for _, load in self.loads:  # symbols are named after nodes, so that no two are one
             words = re.sub(rf"\b{load.node.name}\b", tensor_name(load.node), words)
         return words
+
+    def _brief(self, term: MaskTerm, causal: Causal | None) -> str:
+        """A term in words, or what its formula reads where that is longer than a line."""
+        if isinstance(term, Opaque) or len(words := _words(term, causal)) <= LONG:
+            return _words(term, causal)
+        nodes = dict.fromkeys(load.node for symbol, load in self.loads if re.search(rf"\b{symbol.name}\b", words))
+        read = " and ".join(tensor_name(node).rpartition(".")[2] for node in nodes)
+        return "keys by a formula" + (f" in {read}" if read else "")
 
 
 def _words(term: MaskTerm, causal: Causal | None = None) -> str:

@@ -90,8 +90,13 @@ def _blocks(hand: AtHand, queries: int) -> Iterator[tuple[slice, list[Keys]]]:
 def _mask(hand: AtHand, rows: slice, keys: Keys, mask: Tensor | None) -> Tensor:
     """[B or 1, 1, Q, n]: whether a query sees a key, or what the call's mask adds to its score."""
     query, key = hand.positions[:, None, rows, None], keys.positions[:, None, None, :]
-    allowed = seen(hand.span, query, key) if keys.kept is None else _through_slots(hand.span, query, key, keys.kept)
     many = query.shape[2] > 1
+    if keys.kept is None:
+        allowed = seen(hand.span, query, key)
+    elif many or hand.new is not None or hand.span.elastic:
+        allowed = _through_slots(query, key, keys.kept, seen_in_band(hand.span, query, key))
+    else:  # what is held is the band of the one query
+        allowed = _through_slots(query, key, keys.kept, hand.span.recent(key))
     padding = (query == key) & (query < 0)  # sees itself: a row that sees nothing has no softmax
     if mask is None:
         return allowed | padding if many else allowed
@@ -104,9 +109,11 @@ def _mask(hand: AtHand, rows: slice, keys: Keys, mask: Tensor | None) -> Tensor:
     return (given & allowed) | padding if many else given & allowed
 
 
-def _through_slots(span: Span, query: Tensor, key: Tensor, kept: int) -> Tensor:
-    band = seen_in_band(span, query, key[..., kept:])
-    return torch.cat((key[..., :kept] <= query, band), -1) if kept else band
+def _through_slots(query: Tensor, key: Tensor, kept: int, band: Tensor) -> Tensor:
+    if not kept:
+        return band
+    slots = torch.arange(key.shape[-1], device=key.device) < kept
+    return torch.where(slots, key <= query, band)
 
 
 def rows_at(pair: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, Tensor]:

@@ -106,11 +106,10 @@ class FixedSpans(SpanLayer):
     def _places(self, n: int, span: Span, positions: Tensor) -> Tensor:
         """What each row of the buffers holds once the newest of these positions was written, [B, rows]."""
         kept, ring = self.sizes[n]
-        last = positions[:, -1:]
-        at, place = last % ring, torch.arange(ring, device=self.device)
+        last, row = positions[:, -1:], torch.arange(kept + ring, device=self.device)
+        at, place = last % ring, row - kept
         newest = last - at + place - torch.where(place > at, ring, 0)
-        slots = span.token(torch.arange(kept, device=self.device))[None].expand(len(newest), -1)
-        return torch.cat((slots, newest), 1) if kept else newest
+        return torch.where(row < kept, span.token(row), newest) if kept else newest
 
     def _tensors(self) -> list[Tensor]:
         return [*(tensor for pair in self.buffers for tensor in pair), self._start, self.cumulative_length]

@@ -49,6 +49,15 @@ class Full:
         """How many of the newest tokens the n-th sees."""
         return n
 
+    @property
+    def elastic(self) -> bool:
+        """Whether a band may be shorter than what is held for it."""
+        return True
+
+    def recent(self, p: Tensor) -> Tensor:
+        """Whether it is the position of a token that is not kept for good."""
+        return p >= 0
+
     def held(self, n: int) -> int:
         """How many of the newest tokens must be held, so that the n-th and all after it find their bands."""
         return n
@@ -96,6 +105,13 @@ class Window:
 
     def band(self, n: Count) -> Count:
         return self.alpha + n * round(self.beta * _UNIT) // _UNIT
+
+    @property
+    def elastic(self) -> bool:
+        return self.beta > 0
+
+    def recent(self, p: Tensor) -> Tensor:
+        return p >= self.sinks
 
     def held(self, n: int) -> int:
         return min(n, self.band(n))
@@ -145,6 +161,13 @@ class Strided:
     def band(self, n: Count) -> Count:
         return (self.local - 1) * self.block + (n - 1) % self.block + 1
 
+    @property
+    def elastic(self) -> bool:
+        return True
+
+    def recent(self, p: Tensor) -> Tensor:
+        return (p >= 0) & ~self.keeps(p)
+
     def held(self, n: int) -> int:
         return min(n, self.local * self.block)
 
@@ -166,7 +189,7 @@ def _rows(span: Span, n: int) -> int:
 
 def seen_in_band(span: Span, query: Tensor, key: Tensor) -> Tensor:
     """Whether a query sees a key because it is new; those that are kept for good are left to `seen`."""
-    return (key >= 0) & (key <= query) & (query - key < span.band(query + 1)) & ~span.keeps(key)
+    return (key <= query) & (query - key < span.band(query + 1)) & span.recent(key)
 
 
 def seen(span: Span, query: Tensor, key: Tensor) -> Tensor:
