@@ -20,7 +20,7 @@ from ..rewriter.kernel_sources import KernelSource
 from ..rewriter.nodes import args_of
 from ..rewriter.registry import source_printer
 from .self_check import check_once
-from .spec import Call, Form, KernelSpec, form_of, spec_of, spec_of_forms
+from .spec import Call, KernelSpec, forms_of, spec_of, spec_of_forms
 
 log = logging.getLogger(__name__)
 
@@ -132,14 +132,12 @@ def _generated_attention(*arguments: Any) -> Tensor:
         if call.totals:
             nothing[..., -1] = float("-inf")
         return nothing
-    forms = tuple([form_of(tensor) for tensor in call[:7]])
-    return _kernel_for_forms(forms, call.cap > 0.0, call.totals, call.query.device.type)(call)
+    spec = _spec_of_forms(forms_of(call), call.cap > 0.0, call.totals)
+    return kernel_for(spec, call.query.device.type)(call)
 
 
-@functools.lru_cache(1024)
-def _kernel_for_forms(forms: tuple[Form | None, ...], capped: bool, totals: bool, device: str) -> Kernel:
-    """The layers of a model call with the same forms; a cache that grows brings new ones with every token."""
-    return kernel_for(spec_of_forms(*forms, capped, totals), device)  # type: ignore[arg-type]
+_spec_of_forms = functools.lru_cache(1024)(spec_of_forms)
+"""The layers of a model call with the same forms; a cache that grows brings new ones with every token."""
 
 
 def _empty(*arguments: Any) -> Tensor:

@@ -94,27 +94,20 @@ class KernelSpec:
 Form = tuple[torch.dtype, torch.Size]
 
 
-def form_of(tensor: Tensor | None) -> Form | None:
-    return None if tensor is None else (tensor.dtype, tensor.shape)
+def forms_of(call: Call) -> tuple[Form | None, ...]:
+    """Dtype and shape of every tensor of a call, in order."""
+    return tuple([None if tensor is None else (tensor.dtype, tensor.shape) for tensor in call[:7]])
 
 
 def spec_of(call: Call) -> KernelSpec:
     """The specification that a call needs. Raises ValueError for tensors that do not belong together."""
-    return spec_of_forms(*map(form_of, call[:7]), call.cap > 0.0, call.totals)  # type: ignore[arg-type]
+    return spec_of_forms(forms_of(call), call.cap > 0.0, call.totals)
 
 
-def spec_of_forms(
-    query: Form,
-    query_rope: Form | None,
-    key: Form,
-    key_rope: Form | None,
-    value: Form | None,
-    mask: Form | None,
-    sinks: Form | None,
-    capped: bool,
-    totals: bool,
-) -> KernelSpec:
+def spec_of_forms(forms: tuple[Form | None, ...], capped: bool, totals: bool) -> KernelSpec:
     """The same, from dtypes and shapes alone."""
+    query, query_rope, key, key_rope, value, mask, sinks = forms
+    assert query is not None and key is not None
     (dtype, (B, H, S, D)), (_, (_, K, T, _)) = query, key
     if key[1] != (B, K, T, D) or K == 0 or H % K:
         raise ValueError(f"queries {tuple(query[1])} and keys {tuple(key[1])} do not fit: [B H S D] and [B K T D]")
