@@ -37,7 +37,13 @@ _AVX512_NEEDS = ("avx2", "fma3", "f16c", "avx512_f", "avx512_bw", "avx512_dq", "
 
 ISAS = (
     Isa(
-        "amx_bf16", 16, 32, True, True, (*_AVX512, "-mamx-tile", "-mamx-bf16"), (*_AVX512_NEEDS, "amx_tile", "amx_bf16")
+        "amx_bf16",
+        16,
+        32,
+        True,
+        True,
+        (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+        (*_AVX512_NEEDS, "avx512_bf16", "amx_tile", "amx_bf16"),
     ),
     Isa("avx512_bf16", 16, 32, True, False, (*_AVX512, "-mavx512bf16"), (*_AVX512_NEEDS, "avx512_bf16")),
     Isa("avx512", 16, 32, False, False, _AVX512, _AVX512_NEEDS),
@@ -58,6 +64,7 @@ _CONSTANTS = Template("""\
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #include <vector>
 $intrinsics
@@ -85,7 +92,7 @@ constexpr int BLOCK = $block;       // keys widened at a time
 constexpr int I_OF_ONE = $i_of_one;    // register tile: that many scalars by one vector,
 constexpr int I_OF_TWO = $i_of_two;     // or that many by two
 constexpr int FEW = LANES / 2;      // up to here rows are not worth lanes
-constexpr int FEW_BLOCK = 48;      // keys whose values stay in the first cache
+constexpr int FEW_BLOCK = $few_block;      // keys whose values stay in the first cache
 constexpr int PREFETCH = 16;        // keys ahead
 constexpr int64_t WORTH = 50'000;   // products that a thread is woken for
 
@@ -169,6 +176,7 @@ def _constants(spec: KernelSpec, isa: Isa) -> dict[str, object]:
         "lanes": isa.lanes,
         "tile": tile,
         "block": block,
+        "few_block": min(192, max(48, _up(24_000 // (spec.out_width * spec.dtype.itemsize), 16))),
         "i_of_one": i_of_one,
         "i_of_two": i_of_two,
         "bf16_dot": _bool(dot),

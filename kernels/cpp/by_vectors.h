@@ -4,18 +4,6 @@
 
 constexpr int STRETCH = 16;  // steps of a product between prefetches
 
-INLINE Floats add_product(Floats sum, Floats x, Floats y) { return sum + x * y; }
-
-// Pairs of bfloat16: sum + x_low · y_low + x_high · y_high.
-INLINE Floats add_product(Floats sum, Words x, Words y) {
-#if defined(__AVX512BF16__) && defined(INTRINSICS)
-  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
-#else
-  sum += (Floats)(x << 16) * (Floats)(y << 16);
-  return sum + (Floats)(x & 0xffff0000) * (Floats)(y & 0xffff0000);
-#endif
-}
-
 // C[i][row] = start(i, v) + sum over k of A[i · A_I + k · A_K] B[k][row], where `start` gives vector v of row i.
 // `between` is called after every STRETCH steps: what it prefetches arrives while products are made.
 template <int I, int VECTORS, int A_I, int A_K, class Start, class Between>

@@ -76,6 +76,15 @@ struct Ahead {
   }
 };
 
+// Room that a thread keeps. Its address is hidden: from a library, the compiler would ask for it in the inner loops.
+template <class T>
+INLINE T& scratch() {
+  static thread_local T room;
+  T* at = &room;
+  asm("" : "+r"(at));
+  return *at;
+}
+
 enum class Sight { NONE, SOME, ALL };
 
 // Fills bias[place(row, n)], in units of log2, for `count` keys from `first` on; -inf hides. ALL: it is 0 everywhere and

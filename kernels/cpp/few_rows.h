@@ -1,17 +1,33 @@
 // ---- Few rows: lanes are the width ----
 //
 // The cache is read once, as it is stored: with one to LANES / 2 rows there is nothing to share a widened copy with.
+// Pairs of bfloat16 are multiplied as pairs by the queries; as values they become a vector of even and one of odd ones.
 
-constexpr int SECOND_PART = (WIDTH + LANES - 1) / LANES * LANES;
-constexpr int QUERY_STRIDE = SECOND_PART + (ROPE + LANES - 1) / LANES * LANES;
+constexpr int UNIT = LANES * STEP;  // elements of a vector of operands
+constexpr int operands(int width) { return (width + STEP - 1) / STEP; }
+constexpr int SECOND_PART = (operands(WIDTH) + LANES - 1) / LANES * LANES;
+constexpr int QUERY_STRIDE = SECOND_PART + (operands(ROPE) + LANES - 1) / LANES * LANES;
+constexpr int FEW_COLUMNS = (VALUE_WIDTH + UNIT - 1) / UNIT * UNIT;
 
 struct Few {
-  alignas(64) float queries[FEW][QUERY_STRIDE];  // each part padded with zeros
+  alignas(64) Operand queries[FEW][QUERY_STRIDE];  // each part padded with zeros
   alignas(64) float scores[FEW][FEW_BLOCK], bias[FEW][FEW_BLOCK];
-  alignas(64) float out[FEW][OUT_STRIDE];
+  alignas(64) float out[FEW][FEW_COLUMNS];  // in the order of `column`
   float top[FEW], total[FEW], keep[FEW];
 };
-static thread_local Few few_scratch;
+
+using Loaded = std::conditional_t<BF16_DOT, Words, Floats>;
+
+// A vector of operands, as they lie in memory or widened to floats.
+INLINE Loaded loaded(const Element* p) {
+  if constexpr (BF16_DOT) return (Loaded)*(const PairsInMemory*)p;
+  else return (Loaded)load(p);
+}
+INLINE Loaded loaded(const Element* p, int count) {  // of them the first elements, then zeros
+  Element whole[UNIT] = {};
+  std::memcpy(whole, p, count * sizeof(Element));
+  return loaded(whole);
+}
 
 // One step of a transposing sum: lane L gets x[L] + x[L + HALF] where bit HALF of L is clear, else y[L - HALF] + y[L].
 template <int HALF, int... L>
@@ -32,60 +48,74 @@ INLINE Floats sums_of(Floats* x) {
   }
 }
 
-// sums[n · ROWS + r] += q[r] · k[n], lane by lane.
-template <int ROWS, int TOKENS, int PART>
-INLINE void add_dots(const float (*q)[QUERY_STRIDE], const Element* k, int64_t stride, Floats* sums) {
+// sums[r · ALL + n] += q[r] · k[n], lane by lane. A stride that is a constant leaves one address to count with.
+template <int ROWS, int TOKENS, int ALL, int PART, class Stride>
+INLINE void add_dots(const Operand (*q)[QUERY_STRIDE], const Element* k, Stride stride, Floats* sums) {
   const auto step = [&](int d, auto key_at) __attribute__((always_inline)) {
-    Floats queries[ROWS];
+    Loaded queries[ROWS];
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; r++) queries[r] = load(q[r] + d);
+    for (int r = 0; r < ROWS; r++) queries[r] = load(q[r] + d / STEP);
 #pragma GCC unroll 16
     for (int n = 0; n < TOKENS; n++) {
-      const Floats key = key_at(k + n * stride + d);
+      const Loaded key = key_at(k + n * stride + d);
 #pragma GCC unroll 8
-      for (int r = 0; r < ROWS; r++) sums[n * ROWS + r] += queries[r] * key;
+      for (int r = 0; r < ROWS; r++) sums[r * ALL + n] = add_product(sums[r * ALL + n], queries[r], key);
     }
   };
-#pragma GCC unroll 1
-  for (int d = 0; d + LANES <= PART; d += LANES) step(d, [](const Element* p) { return load(p); });
-  if constexpr (PART % LANES > 0)
-    step(PART / LANES * LANES, [](const Element* p) { return load_part(p, PART % LANES); });
+#pragma GCC unroll 4
+  for (int d = 0; d + UNIT <= PART; d += UNIT) step(d, [](const Element* p) { return loaded(p); });
+  if constexpr (PART % UNIT > 0)
+    step(PART / UNIT * UNIT, [](const Element* p) { return loaded(p, PART % UNIT); });
 }
 
-template <int ROWS, int TOKENS>
-INLINE void score(const Arguments& a, const Tile& t, Few& w, int64_t first, int n) {
+template <int ROWS, int TOKENS, class Stride>
+INLINE void score(const Arguments& a, const Tile& t, Few& w, int64_t first, int n, Stride stride) {
+  constexpr int TOGETHER = std::max(1, std::min(TOKENS, LANES / 2 / ROWS));  // as many sums as fit in registers
+  constexpr int REST = TOKENS % TOGETHER, WHOLE = TOKENS - REST;
+  const Element* keys = key_row(a, t, first + n);
   Floats sums[LANES] = {};
-  add_dots<ROWS, TOKENS, WIDTH>(w.queries, key_row(a, t, first + n), a.key_t, sums);
-  if constexpr (ROPE > 0) {
-    add_dots<ROWS, TOKENS, ROPE>((const float(*)[QUERY_STRIDE])(w.queries[0] + SECOND_PART),
-                                 key_rope_row(a, t, first + n), a.key_rope_t, sums);
-  }
-  const Floats scores = sums_of(sums);
 #pragma GCC unroll 16
-  for (int i = 0; i < ROWS * TOKENS; i++) w.scores[i % ROWS][n + i / ROWS] = scores[i];
+  for (int m = 0; m < WHOLE; m += TOGETHER)
+    add_dots<ROWS, TOGETHER, TOKENS, WIDTH>(w.queries, keys + m * stride, stride, sums + m);
+  if constexpr (REST > 0)
+    add_dots<ROWS, REST, TOKENS, WIDTH>(w.queries, keys + WHOLE * stride, stride, sums + WHOLE);
+  if constexpr (ROPE > 0)
+    add_dots<ROWS, TOKENS, TOKENS, ROPE>((const Operand(*)[QUERY_STRIDE])(w.queries[0] + SECOND_PART),
+                                         key_rope_row(a, t, first + n), a.key_rope_t, sums);
+  alignas(64) float scores[LANES];
+  store(scores, sums_of(sums));
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; r++) std::memcpy(w.scores[r] + n, scores + r * TOKENS, TOKENS * sizeof(float));
 }
 
-// out[r][e] = out[r][e] · keep[r] + sum over n of weight[r][n] v[n][e] for VECTORS vectors of e.
-template <int ROWS, int VECTORS, class Load>
-INLINE void add_values(Few& w, const Element* v, int64_t stride, int count, int e, Load value_at) {
-  Floats sums[ROWS][VECTORS];
+// out[r][e] = out[r][e] · keep[r] + sum over n of weight[r][n] v[n][e] for UNITS vectors of operands from e on.
+template <int ROWS, int UNITS, class Stride, class Load>
+INLINE void add_values(Few& w, const Element* v, Stride stride, int count, int e, Load values_at) {
+  Floats sums[ROWS][UNITS * STEP];
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 8
-    for (int i = 0; i < VECTORS; i++) sums[r][i] = load(w.out[r] + e + i * LANES) * w.keep[r];
+#pragma GCC unroll 16
+    for (int i = 0; i < UNITS * STEP; i++) sums[r][i] = load(w.out[r] + e + i * LANES) * w.keep[r];
 #pragma GCC unroll 1
   for (int n = 0; n < count; n++) {
+#pragma GCC unroll 16
+    for (int i = 0; i < UNITS; i++) {
+      const Loaded value = values_at(v + n * stride + e + i * UNIT);
 #pragma GCC unroll 8
-    for (int i = 0; i < VECTORS; i++) {
-      const Floats value = value_at(v + n * stride + e + i * LANES);
-#pragma GCC unroll 8
-      for (int r = 0; r < ROWS; r++) sums[r][i] += w.scores[r][n] * value;
+      for (int r = 0; r < ROWS; r++) {
+        if constexpr (BF16_DOT) {
+          sums[r][2 * i] += w.scores[r][n] * (Floats)((Words)value << 16);
+          sums[r][2 * i + 1] += w.scores[r][n] * (Floats)((Words)value & 0xffff0000);
+        } else {
+          sums[r][i] += w.scores[r][n] * (Floats)value;
+        }
+      }
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 8
-    for (int i = 0; i < VECTORS; i++) store(w.out[r] + e + i * LANES, sums[r][i]);
+#pragma GCC unroll 16
+    for (int i = 0; i < UNITS * STEP; i++) store(w.out[r] + e + i * LANES, sums[r][i]);
 }
 
 INLINE float largest(Floats x) {
@@ -126,51 +156,73 @@ INLINE void weigh_row(const Arguments& a, Few& w, int r, int count, bool biased)
 }
 
 template <int ROWS>
-static void attend_rows(const Arguments& a, const Tile& t, int64_t low, int64_t high, bool skip, Partial result) {
-  constexpr int TOKENS = LANES / ROWS, VECTORS = ROWS == 1 ? 8 : ROWS == 2 ? 4 : 2;
-  Few& w = few_scratch;
+INLINE void start_rows(const Arguments& a, const Tile& t, Few& w) {
+  std::memset(w.queries, 0, sizeof w.queries[0] * ROWS);
   for (int r = 0; r < ROWS; r++) {
-    for (int d = 0; d < WIDTH; d++) w.queries[r][d] = number(query_row(a, t, r)[d]);
-    for (int d = 0; d < ROPE; d++) w.queries[r][SECOND_PART + d] = number(query_rope_row(a, t, r)[d]);
+    const Element *first = query_row(a, t, r), *second = ROPE > 0 ? query_rope_row(a, t, r) : nullptr;
+    if constexpr (BF16_DOT) {
+      std::memcpy(w.queries[r], first, WIDTH * sizeof(Element));
+      if constexpr (ROPE > 0) std::memcpy(w.queries[r] + SECOND_PART, second, ROPE * sizeof(Element));
+    } else {
+      for (int d = 0; d < WIDTH; d++) w.queries[r][d] = number(first[d]);
+      for (int d = 0; d < ROPE; d++) w.queries[r][SECOND_PART + d] = number(second[d]);
+    }
     w.top[r] = LOWEST, w.total[r] = 0.f;
-    std::fill_n(w.out[r], OUT_STRIDE, 0.f);
+    std::fill_n(w.out[r], FEW_COLUMNS, 0.f);
   }
+}
+
+template <int ROWS, class KeyStride, class ValueStride>
+static void attend_rows(const Arguments& a, const Tile& t, int64_t low, int64_t high, bool skip, Partial result,
+                        KeyStride key_stride, ValueStride value_stride) {
+  constexpr int TOKENS = LANES / ROWS;
+  constexpr int UNITS = std::max(1, std::min(LANES / STEP / ROWS, VALUE_WIDTH / UNIT));
+  Few& w = scratch<Few>();
+  start_rows<ROWS>(a, t, w);
   for (int64_t first = low; first < high; first += FEW_BLOCK) {
     const int count = (int)std::min<int64_t>(FEW_BLOCK, high - first);
     const Sight sight = look(a, t, first, count, skip, result.skipped, w.bias[0], [](int r, int n) {
       return r * FEW_BLOCK + n;
     });
     if (sight == Sight::NONE) continue;
-    int n = 0;
-    for (; n + TOKENS <= count; n += TOKENS) {
-      for (int i = 0; i < TOKENS && ROWS > 1; i++) {  // one row is a stream that the hardware foresees
+    for (int n = 0; n < count; n += TOKENS) {
+      for (int i = 0; i < TOKENS; i++) {
         if constexpr (!VALUES_ARE_KEYS) prefetch(value_row(a, t, first + n + i), VALUE_WIDTH);
         if (first + n + i + PREFETCH < high) prefetch(key_row(a, t, first + n + i + PREFETCH), WIDTH);
       }
-      score<ROWS, TOKENS>(a, t, w, first, n);
+      if (n + TOKENS <= count) score<ROWS, TOKENS>(a, t, w, first, n, key_stride);
+      else if (count > TOKENS) score<ROWS, TOKENS>(a, t, w, first, count - TOKENS, key_stride);  // some of them again
+      else for (; n < count; n++) score<ROWS, 1>(a, t, w, first, n, key_stride);
     }
-    for (; n < count; n++) score<ROWS, 1>(a, t, w, first, n);
     for (int r = 0; r < ROWS; r++) weigh_row(a, w, r, count, sight == Sight::SOME);
     const Element* values = value_row(a, t, first);
-    const int64_t stride = VALUES_ARE_KEYS ? a.key_t : a.value_t;
-    const auto whole = [](const Element* p) { return load(p); };
+    const auto whole = [](const Element* p) { return loaded(p); };
     int e = 0;
-    for (; e + VECTORS * LANES <= VALUE_WIDTH; e += VECTORS * LANES)
-      add_values<ROWS, VECTORS>(w, values, stride, count, e, whole);
-    for (; e + LANES <= VALUE_WIDTH; e += LANES) add_values<ROWS, 1>(w, values, stride, count, e, whole);
-    if constexpr (VALUE_WIDTH % LANES > 0)
-      add_values<ROWS, 1>(w, values, stride, count, e, [](const Element* p) {
-        return load_part(p, VALUE_WIDTH % LANES);
+    for (; e + UNITS * UNIT <= VALUE_WIDTH; e += UNITS * UNIT)
+      add_values<ROWS, UNITS>(w, values, value_stride, count, e, whole);
+    if constexpr (UNITS > 1)
+      for (; e + UNIT <= VALUE_WIDTH; e += UNIT) add_values<ROWS, 1>(w, values, value_stride, count, e, whole);
+    if constexpr (VALUE_WIDTH % UNIT > 0)
+      add_values<ROWS, 1>(w, values, value_stride, count, e, [](const Element* p) {
+        return loaded(p, VALUE_WIDTH % UNIT);
       });
   }
   for (int r = 0; r < ROWS; r++) {
     result.top[r] = w.top[r], result.total[r] = w.total[r];
-    std::copy_n(w.out[r], VALUE_WIDTH, result.sum + r * OUT_STRIDE);
+    for (int e = 0; e < VALUE_WIDTH; e++) result.sum[r * OUT_STRIDE + e] = w.out[r][column(e)];
   }
 }
 
 template <int ROWS = FEW>
 static void attend_few(const Arguments& a, const Tile& t, int64_t low, int64_t high, bool skip, Partial result) {
-  if (t.rows == ROWS) return attend_rows<ROWS>(a, t, low, high, skip, result);
-  if constexpr (ROWS > 1) attend_few<ROWS - 1>(a, t, low, high, skip, result);
+  if constexpr (ROWS > 1)
+    if (t.rows != ROWS) return attend_few<ROWS - 1>(a, t, low, high, skip, result);
+  const int64_t value_stride = VALUES_ARE_KEYS ? a.key_t : a.value_t;
+  if (a.key_t == WIDTH && value_stride == VALUE_WIDTH) {  // tokens side by side
+    std::integral_constant<int64_t, WIDTH> keys;
+    std::integral_constant<int64_t, VALUE_WIDTH> values;
+    attend_rows<ROWS>(a, t, low, high, skip, result, keys, values);
+  } else {
+    attend_rows<ROWS>(a, t, low, high, skip, result, a.key_t, value_stride);
+  }
 }

@@ -15,7 +15,6 @@ struct Rows {
   alignas(64) float out[TILE / GROUP][OUT_ROWS * GROUP];
   alignas(64) float top[TILE], total[TILE], keep[GROUP];
 };
-static thread_local Rows rows_scratch;
 
 // Where value e lies in a packed row: of 2 · LANES bfloat16 the even ones stand before the odd ones.
 constexpr int column(int e) {
@@ -124,7 +123,7 @@ INLINE void begin_products();
 INLINE void end_products();
 
 static void attend_many(const Arguments& a, const Tile& t, int64_t low, int64_t high, bool skip, Partial result) {
-  Rows& w = rows_scratch;
+  Rows& w = scratch<Rows>();
   const int vectors = (t.rows + LANES - 1) / LANES, groups = (vectors + 1) / 2;
   begin_products();
   transpose_queries(a, t, w);

@@ -9,6 +9,7 @@ typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Shorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 typedef float FloatsInMemory __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t WordsInMemory __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t PairsInMemory __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 
 INLINE Floats splat(float x) { return x - Floats{}; }  // not 0 + x, which would lose the sign of -0
 INLINE Words splat(uint32_t x) { return x - Words{}; }
@@ -71,6 +72,18 @@ INLINE void put(Half* p, float x) {
   else if (bits < 113u << 23) half = bits_of(from_bits(bits) + 0.5f) - bits_of(0.5f);  // subnormal: units of 2^-24
   else half = (bits - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13;
   p->bits = half | sign >> 16;
+}
+
+INLINE Floats add_product(Floats sum, Floats x, Floats y) { return sum + x * y; }
+
+// Pairs of bfloat16: sum + x_low · y_low + x_high · y_high.
+INLINE Floats add_product(Floats sum, Words x, Words y) {
+#if defined(__AVX512BF16__) && defined(INTRINSICS)
+  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
+#else
+  sum += (Floats)(x << 16) * (Floats)(y << 16);
+  return sum + (Floats)(x & 0xffff0000) * (Floats)(y & 0xffff0000);
+#endif
 }
 
 // 2^f - 1 for |f| <= 1/2, error 4e-9 of 2^f before rounding.
