@@ -81,7 +81,7 @@ def _version(path: str) -> str:
     return subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
 
 
-_ARGUMENTS = struct.Struct("=36q2d")
+_ARGUMENTS = struct.Struct("=37q2d")
 """struct Arguments of kernels/cpp/call.h."""
 
 _NO_STRIDES = (0, 0, 0)
@@ -96,7 +96,7 @@ def kernel(spec: KernelSpec, path: Path) -> Callable[[Call], Tensor]:
     out_width, out_dtype = spec.out_width + spec.totals, torch.float32 if spec.totals else spec.dtype
 
     def run(call: Call) -> Tensor:
-        q, qr, k, kr, v, mask, sinks, scale, cap, causal, window, offset, _ = call
+        q, qr, k, kr, v, mask, sinks, scale, cap, causal, window, offset, _, used = call
         q, k = _rows(q), _rows(k)
         B, H, S, _ = q.shape
         K, T = k.shape[1], k.shape[2]
@@ -108,6 +108,8 @@ def kernel(spec: KernelSpec, path: Path) -> Callable[[Call], Tensor]:
             mask = mask.to(mask_dtype)
         if sinks is not None:
             sinks = sinks.to(torch.float32).contiguous()
+        if used is not None:
+            used = used.contiguous()
         out = torch.empty((B, H, S, out_width), dtype=out_dtype, device=q.device)
         function(
             _ARGUMENTS.pack(
@@ -118,6 +120,7 @@ def kernel(spec: KernelSpec, path: Path) -> Callable[[Call], Tensor]:
                 0 if v is None else v.data_ptr(),
                 0 if mask is None else mask.data_ptr(),
                 0 if sinks is None else sinks.data_ptr(),
+                0 if used is None else used.data_ptr(),
                 out.data_ptr(),
                 *(B, K, H // K, S, T),
                 *q.stride()[:3],

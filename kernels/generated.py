@@ -20,7 +20,7 @@ from ..rewriter.kernel_sources import KernelSource
 from ..rewriter.nodes import args_of
 from ..rewriter.registry import source_printer
 from .self_check import check_once
-from .spec import Call, KernelSpec, forms_of, spec_of, spec_of_forms
+from .spec import Call, KernelSpec, forms_of, of_used, spec_of, spec_of_forms
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ torch.library.define(
     "latent::generated_attention",
     "(Tensor query, Tensor? query_rope, Tensor key, Tensor? key_rope, Tensor? value, Tensor? mask, Tensor? sinks, "
     "float scale, float cap, bool causal, SymInt window, SymInt offset, "
-    "bool totals=False) -> Tensor",
+    "bool totals=False, Tensor? used=None) -> Tensor",
 )
 
 
@@ -72,7 +72,7 @@ def reference(call: Call) -> Tensor:
     weights = weights.masked_fill((scores[..., :T] == float("-inf")).all(-1, keepdim=True), 0.0)
     if call.totals:
         return torch.cat((product(weights, value), torch.logsumexp(scores, -1, keepdim=True)), -1)
-    return product(weights, value).to(query.dtype)
+    return of_used(product(weights, value).to(query.dtype), call.used)
 
 
 def unavailable(device: str) -> str:
@@ -132,6 +132,8 @@ def _generated_attention(*arguments: Any) -> Tensor:
         if call.totals:
             nothing[..., -1] = float("-inf")
         return nothing
+    if call.used is not None and (call.totals or call.used.shape != call.query.shape[:2]):
+        raise ValueError(f"used {tuple(call.used.shape)} is given with totals, or is not [B, H]")
     spec = _spec_of_forms(forms_of(call), call.cap > 0.0, call.totals)
     return kernel_for(spec, call.query.device.type)(call)
 

@@ -4,7 +4,8 @@
 
 `heads` [n] are sorted. Heads side by side are one product with a slice of a weight, heads of a group one product with
 its keys: nothing is copied, as indexing would. Which heads they are must be known on the host: a device waits for it.
-The operators have no gradients.
+A generated kernel needs no host: it is told which heads are used, and skips the keys of groups without one. The
+operators have no gradients.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from ..rewriter.nodes import args_of
 from ..rewriter.registry import LibraryCall, lowering
 from .generated import DTYPES, unavailable
 
-__all__ = ["attend_picked", "columns_of_heads", "rows_of_heads"]
+__all__ = ["attend_used", "columns_of_heads", "rows_of_heads"]
 
 torch.library.define(
     "latent::rows_of_heads", "(Tensor x, Tensor weight, Tensor? bias, Tensor heads, int width) -> Tensor"
 )
 torch.library.define(
-    "latent::attend_picked",
-    "(Tensor query, Tensor heads, int total, Tensor key, Tensor value, Tensor? mask, float scale, float? cap, "
+    "latent::attend_used",
+    "(Tensor query, Tensor used, Tensor key, Tensor value, Tensor? mask, float scale, float? cap, "
     "bool generated=False) -> Tensor",
 )
 torch.library.define(
@@ -55,47 +56,51 @@ def columns_of_heads(x_nE: Tensor, weight: Tensor, bias: Tensor | None, heads: T
     return out
 
 
-def attend_picked(
-    query_nD: Tensor,
-    heads: Tensor,
-    total: int,
-    key_1GTD: Tensor,
-    value_1GTE: Tensor,
+def attend_used(
+    query_BH1D: Tensor,
+    used_BH: Tensor,
+    key_BGTD: Tensor,
+    value_BGTE: Tensor,
     mask: Tensor | None,
     scale: float,
     cap: float | None,
     generated: bool = False,
 ) -> Tensor:
-    """Attention of `heads` out of `total`, [n, E]; `mask` [1, 1 or total, 1, T]. Groups without a head are not read.
+    """Attention of one token of each sequence by the heads that are used, zeros for the others: [B, H, 1, E].
 
-    With `generated` by a generated kernel, which splits the keys over the cores however few the heads are.
+    `mask` [B or 1, H or 1, 1, T]. With `generated` by a generated kernel; else the groups of a single sequence are
+    read if one of their heads is used, and those of several sequences anyway.
     """
-    groups = [head // (total // key_1GTD.shape[1]) for head in heads.tolist()]
-    made, done = [], 0
+    tokens = key_BGTD.shape[2]
+    mask = mask if mask is None else mask[..., :tokens]
+    if generated:
+        given = (query_BH1D, None, key_BGTD, None, value_BGTE, mask, None, scale, cap or 0.0, False, 0, 0, False)
+        made: Tensor = torch.ops.latent.generated_attention(*given, used_BH)
+        return made
+    if len(query_BH1D) > 1:
+        every = attend(query_BH1D, key_BGTD, value_BGTE, mask, scale, cap).transpose(1, 2)
+        return every.masked_fill(~used_BH[:, :, None, None], 0)
+    heads, total = used_BH[0].nonzero()[:, 0], used_BH.shape[1]
+    groups = [head // (total // key_BGTD.shape[1]) for head in heads.tolist()]
+    out, done = query_BH1D.new_zeros(1, total, 1, value_BGTE.shape[3]), 0
     for _, alike in groupby(sorted(set(groups)), groups.count):  # one call where groups side by side have as many heads
         for first, end in _runs(list(alike)):
-            count = sum(first <= group < end for group in groups)
-            rows = slice(done, done + count)
-            seen = mask if mask is None or mask.shape[1] == 1 else mask[:, heads[rows]]
-            key, value = key_1GTD[:, first:end], value_1GTE[:, first:end]
-            query = query_nD[None, rows, None]
-            if generated:
-                given = (query, None, key, None, value, seen, None, scale, cap or 0.0, False, 0, 0)
-                made.append(torch.ops.latent.generated_attention(*given)[0, :, 0])
-            else:
-                made.append(attend(query, key, value, seen, scale, cap)[0, 0])
-            done += count
-    return torch.cat(made)
+            rows = heads[done : done + sum(first <= group < end for group in groups)]
+            seen = mask if mask is None or mask.shape[1] == 1 else mask[:, rows]
+            part = attend(query_BH1D[:, rows], key_BGTD[:, first:end], value_BGTE[:, first:end], seen, scale, cap)
+            out[:, rows] = part.transpose(1, 2)
+            done += len(rows)
+    return out
 
 
-@lowering("latent::attend_picked")
+@lowering("latent::attend_used")
 def choose(node: fx.Node, gradients: bool) -> tuple[LibraryCall, str]:
     """The form for one node of a compiled graph and the reason in words."""
     value, given = node.meta["val"], args_of(node)
     generated = value.dtype in DTYPES and not gradients and not unavailable(value.device.type)
-    reason = "keys split over cores" if generated else "scaled_dot_product_attention of the heads that are picked"
-    operator = torch.ops.latent.attend_picked.default
-    return LibraryCall(operator, (*given[:8], generated), {}), f"{'generated kernel: ' * generated}{reason}"
+    reason = "keys split over cores" if generated else "scaled_dot_product_attention of the heads that are used"
+    operator = torch.ops.latent.attend_used.default
+    return LibraryCall(operator, (*given[:7], generated), {}), f"{'generated kernel: ' * generated}{reason}"
 
 
 def _runs(heads: list[int]) -> list[tuple[int, int]]:
@@ -111,7 +116,7 @@ def _runs(heads: list[int]) -> list[tuple[int, int]]:
 
 for name, body in (
     ("rows_of_heads", rows_of_heads),
-    ("attend_picked", attend_picked),
+    ("attend_used", attend_used),
     ("columns_of_heads", columns_of_heads),
 ):
     torch.library.impl(f"latent::{name}", "CompositeExplicitAutograd", body)
@@ -121,8 +126,8 @@ def _rows_shape(x: Tensor, weight: Tensor, bias: Tensor | None, heads: Tensor, w
     return x.new_empty(heads.shape[0], width)
 
 
-def _attend_shape(query: Tensor, heads: Tensor, total: int, key: Tensor, value: Tensor, *_: object) -> Tensor:
-    return query.new_empty(heads.shape[0], value.shape[-1])
+def _attend_shape(query: Tensor, used: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
+    return query.new_empty(*query.shape[:3], value.shape[-1])
 
 
 def _columns_shape(x: Tensor, weight: Tensor, bias: Tensor | None, heads: Tensor, width: int) -> Tensor:
@@ -130,5 +135,5 @@ def _columns_shape(x: Tensor, weight: Tensor, bias: Tensor | None, heads: Tensor
 
 
 torch.library.register_fake("latent::rows_of_heads", _rows_shape)
-torch.library.register_fake("latent::attend_picked", _attend_shape)
+torch.library.register_fake("latent::attend_used", _attend_shape)
 torch.library.register_fake("latent::columns_of_heads", _columns_shape)

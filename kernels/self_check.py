@@ -48,9 +48,12 @@ def small_calls(spec: KernelSpec, device: str) -> Iterator[Call]:
     A kernel can have a body of its own for each: keys dealt out to several programs, a window, a full tile of rows.
     """
     for queries, tokens, causal, window in ((1, 211, False, 0), (5, 150, True, 40), (37, 101, True, 0)):
-        yield random_call(
+        call = random_call(
             spec, device, heads=4, key_heads=2, queries=queries, tokens=tokens, causal=causal, window=window
         )
+        yield call
+    if not spec.totals:
+        yield call._replace(used=torch.tensor([[True, True, False, False], [False, True, True, True]], device=device))
 
 
 def random_call(

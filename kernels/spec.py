@@ -28,7 +28,8 @@ class Call(NamedTuple):
     cap > 0: scores become cap · tanh(score / cap). Key j is visible to query i if j <= i + offset (with `causal`) and
     j > i + offset - window (with window > 0). With `totals` the result is float32 [B, H, S, E + 1] and its
     last column the log of the sum of exponentials, -inf for rows that see no key: what joins results over parts of the
-    keys. Any strides, but the last dimension of q, k and v is contiguous.
+    keys. Rows of heads that are not `used` [B, H] are zeros (not with totals). Any strides, but the last dimension of
+    q, k and v is contiguous.
     """
 
     query: Tensor
@@ -44,6 +45,7 @@ class Call(NamedTuple):
     window: int
     offset: int
     totals: bool = False
+    used: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,11 @@ def spec_of_forms(forms: tuple[Form | None, ...], capped: bool, totals: bool) ->
         sinks=sinks is not None,
         totals=totals,
     )
+
+
+def of_used(out: Tensor, used: Tensor | None) -> Tensor:
+    """[B, H, S, E] with zeros for the heads that are not used."""
+    return out if used is None else out.masked_fill(~used[:, :, None, None], 0)
 
 
 def digest(source: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .spec import Call, KernelSpec, digest
+from .spec import Call, KernelSpec, digest, of_used
 from .store import folder, write
 from .triton_source import LOG2E, Kind, blocks, scalars, source_of, tensors
 
@@ -93,7 +93,7 @@ def build(spec: KernelSpec) -> tuple[str, Callable[[Call], Tensor]]:
                 run(module, plan)
         else:
             run(module, plan)
-        return out
+        return of_used(out, call.used)
 
     return source, kernel
 

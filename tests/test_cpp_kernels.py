@@ -112,10 +112,13 @@ def calls(draw: st.DrawFn, spec: KernelSpec) -> Call:
             changed["mask"] = torch.where(visible, torch.randn(shape), hidden).to(spec.mask_dtype)
         if draw(st.booleans()):
             changed["mask"] = changed["mask"].transpose(-1, -2).contiguous().transpose(-1, -2)
-    order = draw(st.integers(0, 5))
-    for name in ("query", "query_rope", "key", "key_rope", "value"):
-        if (tensor := getattr(call, name)) is not None:
-            changed[name] = strided(tensor, order)
+    if draw(st.booleans()):
+        order = draw(st.integers(0, 5))
+        for name in ("query", "query_rope", "key", "key_rope", "value"):
+            if (tensor := getattr(call, name)) is not None:
+                changed[name] = strided(tensor, order)
+    if not spec.totals and draw(st.booleans()):
+        changed["used"] = torch.rand(B, H) < 0.5
     return call._replace(**changed)
 
 
@@ -173,6 +176,20 @@ def test_hidden_blocks_are_not_read() -> None:
         short = call._replace(key=call.key[:, :, :192], key_rope=call.key_rope[:, :, :192], mask=mask[..., :192])
         actual = built(LATENT, isa())(call._replace(key=key, mask=mask))
         torch.testing.assert_close(actual, exact(short).float(), atol=2e-6, rtol=0)
+
+
+def test_keys_of_heads_that_are_not_used_are_not_read() -> None:
+    call = random_call(PLAIN, "cpu", batch=2, heads=6, key_heads=3, queries=1, tokens=300)
+    used = torch.tensor([[True, False, False, False, True, True], [False, False, True, True, False, False]])
+    expected = exact(call._replace(used=used)).float()
+    assert expected[0, 1:4].abs().max() == 0 and expected[0, 0].abs().max() > 0
+    key, value = call.key.clone(), call.value.clone()  # type: ignore[union-attr]
+    for tensor in (key, value):
+        tensor[0, 1] = tensor[1, 0] = tensor[1, 2] = float("nan")
+    actual = built(PLAIN, isa())(call._replace(key=key, value=value, used=used))
+    torch.testing.assert_close(actual, expected, atol=2e-6, rtol=0)
+    with pytest.raises(ValueError, match="used"):
+        torch.ops.latent.generated_attention(*call._replace(used=used[:, :3]))
 
 
 def test_rows_that_see_only_the_least_bias_are_means() -> None:

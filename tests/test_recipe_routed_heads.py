@@ -95,7 +95,7 @@ def test_with_all_heads_picked_the_start_is_the_original(name: str) -> None:
     tolerance = 1e-5 if name in FLOAT32 else 1e-10
     torch.testing.assert_close(logits(made), wanted, rtol=tolerance, atol=tolerance)
     with torch.no_grad():
-        routers(made)[0].route.weight.normal_()
+        routers(made)[0].scores.weight.normal_()
     assert (logits(made) - wanted).abs().max() > 1e-4  # the gate is really there
     torch.testing.assert_close(logits(model), wanted, rtol=0, atol=0)  # and not in the original
 
@@ -165,9 +165,8 @@ def test_routed_heads_may_be_permuted() -> None:
     for permutation in itertools.permutations(range(2, 6)):
         other = copy.deepcopy(first)
         other.order = (0, 1, *permutation)
-        other.places = tuple(sorted(range(6), key=other.order.__getitem__))
         with torch.no_grad():
-            other.route.weight.copy_(first.route.weight[[p - 2 for p in permutation]])
+            other.scores.weight[:4] = first.scores.weight[[p - 2 for p in permutation]]
             torch.testing.assert_close(other.weights(hidden)[0], first.weights(hidden)[0], rtol=1e-12, atol=1e-12)
 
 
@@ -177,11 +176,12 @@ def test_weights_are_those_of_the_paper() -> None:
         torch.nn.init.normal_(parameter)
     x = torch.randn(1, 1, 16, dtype=torch.float64)
     weights = router.weights(x)[0][0, 0]
-    p = torch.softmax(router.route.weight @ x[0, 0], 0)
+    route, share, balance = (router.scores.weight @ x[0, 0]).split((3, 2, 2))
+    p = torch.softmax(route, 0)
     best = p.topk(2).indices
-    kinds = 2 * torch.softmax(router.balance.weight @ x[0, 0], 0)
+    kinds = 2 * torch.softmax(balance, 0)
     wanted = torch.zeros(5, dtype=torch.float64)
-    wanted[[3, 0]] = kinds[0] * 2 * torch.softmax(router.share.weight @ x[0, 0], 0)
+    wanted[[3, 0]] = kinds[0] * 2 * torch.softmax(share, 0)
     wanted[torch.tensor([1, 2, 4])[best]] = kinds[1] * 2 * p[best] / p[best].sum()
     torch.testing.assert_close(weights, wanted, rtol=1e-12, atol=1e-12)
 
@@ -208,14 +208,14 @@ def test_gradients_reach_the_routers(how: str) -> None:
     for parameters in (p for router in routers(made) for p in router.parameters()):
         parameters.grad = None
     run(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
-    task = [p.grad.clone() for router in routers(made) for p in router.parameters()]
+    task = [g for router in routers(made) for g in router.scores.weight.grad.clone().split(router.sizes)]
     assert len(task) == 6 and all(grad.abs().max() > 0 for grad in task)
     made.zero_grad()
     run(input_ids=IDS, labels=IDS, use_cache=False)
     loss = latent.balance_loss(made)
     assert loss.requires_grad and 0 < loss.item() < 16
     loss.backward()
-    assert all(router.route.weight.grad.abs().max() > 0 for router in routers(made))
+    assert all(router.scores.weight.grad[: router.sizes[0]].abs().max() > 0 for router in routers(made))
     reference = routed("llama", share=0.6, shared=2).train()
     reference(input_ids=IDS)
     torch.testing.assert_close(loss, latent.balance_loss(reference))

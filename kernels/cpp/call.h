@@ -4,6 +4,7 @@ struct Arguments {  // in the order of cpp_library.py; strides count elements
   const Element *query, *query_rope, *key, *key_rope, *value;
   const MaskElement* mask;
   const float* sinks;
+  const bool* used;  // [batch, heads], or null: the rows of other heads are zeros
   Out* out;
   int64_t batch, key_heads, group, queries, keys;
   int64_t query_b, query_h, query_s, query_rope_b, query_rope_h, query_rope_s;
@@ -46,6 +47,10 @@ INLINE const Element* key_rope_row(const Arguments& a, const Tile& t, int64_t j)
 INLINE const Element* value_row(const Arguments& a, const Tile& t, int64_t j) {
   if constexpr (VALUES_ARE_KEYS) return key_row(a, t, j);
   return a.value + t.b * a.value_b + t.k * a.value_h + j * a.value_t;
+}
+
+INLINE bool is_used(const Arguments& a, const Tile& t, int64_t head) {
+  return !a.used || a.used[t.b * a.key_heads * a.group + head];
 }
 
 INLINE void prefetch(const Element* p, int width) {

@@ -9,12 +9,13 @@ static void write_rows(const Arguments& a, const Tile& t, const Partial* parts, 
   for (int r = 0; r < t.rows; r++) {
     const int64_t row = t.first_row + r, head = t.k * a.group + row % a.group;
     float top = LOWEST, total = 0.f, sum[VALUE_WIDTH] = {};
-    for (int i = 0; i < splits; i++) top = std::max(top, parts[i].top[r]);
+    const int counted = is_used(a, t, head) ? splits : 0;
+    for (int i = 0; i < counted; i++) top = std::max(top, parts[i].top[r]);
     if constexpr (SINKS) {
       top = std::max(top, a.sinks[head] * LOG2E);
       total = exp2f(a.sinks[head] * LOG2E - top);
     }
-    for (int i = 0; i < splits; i++) {
+    for (int i = 0; i < counted; i++) {
       if (parts[i].total[r] == 0.f) continue;
       const float weight = exp2f(parts[i].top[r] - top), *part = parts[i].sum + r * OUT_STRIDE;
       total += weight * parts[i].total[r];
@@ -74,6 +75,9 @@ extern "C" void latent_attention(const Arguments* arguments) {
       if (t.rows <= 0) continue;
       if (a.window > 0) t.low = std::max<int64_t>(0, first_row / a.group + a.offset - a.window + 1);
       if (a.causal) t.high = std::min(a.keys, (first_row + t.rows - 1) / a.group + a.offset + 1);
+      bool used = false;
+      for (int g = 0; g < a.group; g++) used |= is_used(a, t, t.k * a.group + g);
+      if (!used) t.high = t.low;
 
       const auto partial = [&](int64_t n) {
         float* at = splits == 1 ? own.data() : partials + (tile * splits + n) * size;

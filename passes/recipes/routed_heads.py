@@ -14,8 +14,9 @@ and the model is worse than the original until it was trained on, with the route
     loss = model(input_ids=ids, labels=ids).loss + 0.01 * latent.balance_loss(model)
 
 The cache is as large as before, since other tokens need the keys and values of all heads. What becomes less is the
-work: one token alone (decoding without a batch) reads the rows of W_q, the keys and values, and the columns of W_o of
-its heads only; keys that several heads share are read unless all of these are skipped. Longer calls compute every head.
+work of decoding: keys are read only for heads that are used. One token alone can also do without the rows of W_q and
+the columns of W_o of the others: it does in a model that is not compiled, and where they are large. Longer calls
+compute every head.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ from ...rewriter.convert.recipe import Needs, part, recipe
 from ...rewriter.convert.rotation import Turns, rotate
 
 __all__ = ["HeadRouter", "RoutedHeads", "UntrainedRouter", "balance_loss"]
+
+
+LARGE = 4 << 20
+"""Bytes of weights that take longer to read than it takes to find out which they are."""
 
 
 class UntrainedRouter(UserWarning):
@@ -131,10 +136,10 @@ class HeadRouter(HeadGate):
     def __init__(self, hidden: int, order: Sequence[int], shared: int, picked: int) -> None:
         super().__init__()
         self.order, self.shared, self.picked = tuple(order), shared, picked
-        self.places = tuple(sorted(range(len(order)), key=self.order.__getitem__))
-        self.route = _zeros(hidden, len(order) - shared)
-        self.share = _zeros(hidden, shared) if shared > 1 else None
-        self.balance = _zeros(hidden, 2) if shared else None
+        self.sizes = (len(order) - shared, shared if shared > 1 else 0, 2 if shared else 0)
+        """How many scores there are for the routed heads, the shared ones and the two kinds, in this order."""
+        self.scores = nn.Linear(hidden, sum(self.sizes), bias=False)
+        nn.init.zeros_(self.scores.weight)
         self.load: Tensor | None = None
         """The load loss of the last forward with gradients, until it is asked for."""
 
@@ -144,7 +149,7 @@ class HeadRouter(HeadGate):
 
     def settings(self) -> dict[str, object]:
         return {
-            "hidden": self.route.in_features,
+            "hidden": self.scores.in_features,
             "order": list(self.order),
             "shared": self.shared,
             "picked": self.picked,
@@ -158,45 +163,81 @@ class HeadRouter(HeadGate):
     def forward(
         self, attention: ConvertedAttention, hidden: Tensor, turns: Turns | None, mask: Tensor | None, past: Any
     ) -> Tensor:
-        weights, picked = self.weights(hidden)
-        skips = self.picked < self.route.out_features and attention.reach is None  # a reach has caches of its own
-        if skips and hidden.shape[:2] == (1, 1) and not torch.is_grad_enabled():
-            return self.one_token(attention, hidden, weights, picked, turns, mask, past)
+        weights, on = self.weights(hidden)
+        if self._skips(attention, hidden):
+            compiling = torch.compiler.is_compiling()
+            if len(hidden) == 1 and (not compiling or self._skipped_bytes(attention) >= LARGE):
+                return self.one_token(attention, hidden, weights, on, turns, mask, past)
+            if compiling:
+                return self.one_step(attention, hidden, weights, on, turns, mask, past)
         heads = attention.attention(hidden, turns, mask, past).unflatten(-1, (len(self.order), -1))
         output: Tensor = attention.output((heads * weights.unsqueeze(-1)).flatten(2))
         return output
 
+    def _skips(self, attention: ConvertedAttention, hidden: Tensor) -> bool:
+        """Whether heads can be left out: in decoding, and where no reach has caches of its own for them."""
+        some = self.picked < self.sizes[0] and attention.reach is None
+        return some and hidden.shape[1] == 1 and not torch.is_grad_enabled()
+
+    def _skipped_bytes(self, attention: ConvertedAttention) -> int:
+        """Of the weights of the heads that a token does without."""
+        rows = attention.form.query_width + attention.form.value_width
+        skipped = len(self.order) - self.shared - self.picked
+        return skipped * rows * attention.form.hidden * attention.output.weight.itemsize
+
     def weights(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The weight of each head, [B, S, H], 0 where it is skipped; and which routed heads are picked, [B, S, k]."""
+        """The weight of each head, 0 where it is skipped, and which are used; [B, S, H] each."""
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        p = torch.softmax(self.route(hidden).to(dtype), -1)
-        picked = p.argsort(dim=-1, descending=True, stable=True)[..., : self.picked]
-        on = torch.zeros_like(p).scatter(-1, picked, 1.0)
+        route, share, balance = self.scores(hidden).to(dtype).split(self.sizes, -1)
+        p = torch.softmax(route, -1)
+        on = _ranks(p) < self.picked
         if torch.is_grad_enabled():
-            self.load = load_loss(p, on)
+            self.load = load_loss(p, on.to(dtype))
         routed = p * on
-        made = [self.picked * routed / routed.sum(-1, keepdim=True)]
-        if self.balance is not None:
-            ones = hidden.new_ones((*hidden.shape[:2], 1), dtype=dtype)
-            shared = ones if self.share is None else self.shared * torch.softmax(self.share(hidden).to(dtype), -1)
-            kinds = 2 * torch.softmax(self.balance(hidden).to(dtype), -1)
-            made = [kinds[..., :1] * shared, kinds[..., 1:] * made[0]]
-        return torch.cat(made, -1)[..., list(self.places)].to(hidden.dtype), picked
+        weights = self.picked * routed / routed.sum(-1, keepdim=True)
+        outer, order = hidden.shape[:2], torch.tensor(self.order, device=hidden.device)
+        shared = hidden.new_ones((*outer, self.shared), dtype=dtype)
+        if self.shared > 1:
+            shared = self.shared * torch.softmax(share, -1)
+        if self.shared:
+            kinds = 2 * torch.softmax(balance, -1)
+            shared, weights = kinds[..., :1] * shared, kinds[..., 1:] * weights
+        by_head = order.expand(*outer, -1)
+        every = torch.zeros_like(by_head, dtype=dtype).scatter(-1, by_head, torch.cat((shared, weights), -1))
+        used = torch.ones_like(by_head, dtype=torch.bool).scatter(-1, by_head[..., self.shared :], on)
+        return every.to(hidden.dtype), used
+
+    def one_step(
+        self,
+        attention: ConvertedAttention,
+        hidden: Tensor,
+        weights: Tensor,
+        on: Tensor,
+        turns: Turns | None,
+        mask: Tensor | None,
+        past: Any,
+    ) -> Tensor:
+        """One token of each sequence, without the keys of the heads that it skips."""
+        form, query = attention.form, attention.queries(hidden, turns)
+        key, value = (formed(kept) for kept in attention.remember(hidden, turns, mask, past))
+        heads = torch.ops.latent.attend_used(query, on[:, 0], key, value, mask, form.scale, form.cap)
+        output: Tensor = attention.output((weights[..., None] * heads.transpose(1, 2)).flatten(2))
+        return output
 
     def one_token(
         self,
         attention: ConvertedAttention,
         hidden: Tensor,
         weights: Tensor,
-        picked: Tensor,
+        on: Tensor,
         turns: Turns | None,
         mask: Tensor | None,
         past: Any,
     ) -> Tensor:
         """The same for B = S = 1 from the weights, keys and values of its own heads."""
         form, op = attention.form, torch.ops.latent
-        order = torch.tensor(self.order, device=hidden.device)
-        heads = torch.cat((order[: self.shared], order[self.shared :][picked[0, 0]])).sort().values
+        backwards = torch.arange(len(self.order), 0, -1, device=hidden.device)
+        heads = torch.where(on[0, 0], backwards, 0).topk(self.shared + self.picked).indices  # in ascending order
         if attention.query_norm is not None:  # it may be one of all heads together
             query = attention.queries(hidden, turns)[0, heads, 0]
         else:
@@ -205,17 +246,19 @@ class HeadRouter(HeadGate):
             if form.rotary is not None and turns is not None:
                 query = rotate(query[None, :, None], turns, form.rotary)[0, :, 0]
         key, value = (formed(kept) for kept in attention.remember(hidden, turns, mask, past))
-        out = op.attend_picked(query, heads, form.heads, key, value, mask, form.scale, form.cap)
-        out = out * weights[0, 0, heads, None]
+        every = query.new_zeros(1, form.heads, 1, query.shape[-1]).index_copy(1, heads, query[None, :, None])
+        out = op.attend_used(every, on[:, 0], key, value, mask, form.scale, form.cap)
+        out = out[0, heads, 0] * weights[0, 0, heads, None]
         weight, bias = attention.output.weight, attention.output.bias
         made: Tensor = op.columns_of_heads(out, weight, bias, heads, form.value_width)
         return made[None, None]
 
 
-def _zeros(inputs: int, outputs: int) -> nn.Linear:
-    made = nn.Linear(inputs, outputs, bias=False)
-    nn.init.zeros_(made.weight)
-    return made
+def _ranks(p: Tensor) -> Tensor:
+    """How many are larger, or as large and earlier, along the last dimension."""
+    one, other = p.unsqueeze(-1), p.unsqueeze(-2)
+    at = torch.arange(p.shape[-1], device=p.device)
+    return ((other > one) | ((other == one) & (at < at[:, None]))).sum(-1)
 
 
 def load_loss(p: Tensor, on: Tensor) -> Tensor:

@@ -142,7 +142,7 @@ def decoding(share: float, lengths: list[int], compiled: bool) -> None:
         made = models[f"{one:.0%} of the heads"] = convert(original, RoutedHeads(share=one))
         for module in made.modules():
             if isinstance(module, HeadRouter):
-                nn.init.normal_(module.route.weight)
+                nn.init.normal_(module.scores.weight)
     how = 'torch.compile(backend="latent")' if compiled else "eager"
     print(f"\ndecoding: {config.num_hidden_layers} layers, width 1024, 16 heads, MLP 2816; float32, {how}, ", end="")
     print(f"{torch.get_num_threads()} threads")
