@@ -264,11 +264,14 @@ def test_live_bytes_are_those_of_the_plan(length: int) -> None:
     numbers = 2 * 8 * 8  # keys and values of 8 numbers in 64 bits
     for fixed in (None, length):
         cache = latent.LatentCache(made, fixed)
+        counters = 8 * 2 + (8 * 2 if fixed else 0)  # where rows begin, and how long they are
+        seen = 0
         for pieces in (length - 7, *[1] * 7):
             for layer in cache.layers:
-                layer.update(*torch.zeros(2, 1, 3, pieces, 8, dtype=torch.float64))
-        counters = 8 * 2 + (8 * 2 if fixed else 0)  # where rows begin, and how long they are
-        assert cache.nbytes == plan.rows(length) * numbers + counters
+                key, value = (torch.zeros(1, 3, pieces, 8, dtype=torch.float64) for _ in range(2))
+                layer.update(key, value)
+            seen += pieces
+            assert cache.nbytes == plan.rows(fixed or seen) * numbers + counters
     assert plan.density(8192) < 0.6
 
 

@@ -132,7 +132,7 @@ class GrowingSpans(SpanLayer):
 
     def _update(self, n: int, span: Span, new: Pair, before: int) -> AtHand:
         total, old, slots = self.seen, self.recent[n], self.kept[n]
-        ordered = new if old is None else _joined(old, new)
+        ordered = _joined(old, new) if old is not None else new if len(self.classes) == 1 else _copied(new)
         positions = self._places(before, total)
         rows = span.held(total)
         if rows >= total:
@@ -195,5 +195,9 @@ def _joined(first: Pair, second: Pair) -> Pair:
 
 
 def _newest(pair: Pair, rows: int) -> Pair:
-    """Copies: a view would keep alive what it leaves out."""
-    return pair[0][:, :, -rows:].clone(), pair[1][:, :, -rows:].clone()
+    return _copied((pair[0][:, :, -rows:], pair[1][:, :, -rows:]))
+
+
+def _copied(pair: Pair) -> Pair:
+    """A view would keep alive what it leaves out: other tokens, or the heads of other classes."""
+    return pair[0].clone(), pair[1].clone()
