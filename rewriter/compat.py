@@ -21,12 +21,13 @@ import torch.compiler.config
 from torch import fx
 from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame  # 2.13
 from torch._dynamo.source import ConstantSource  # 2.13
-from torch._guards import Source  # 2.13
+from torch._guards import Source, TracingContext  # 2.13
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # 2.13
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
     ShapeEnv,
+    StatefulSymbolicContext,
     StatelessSymbolicContext,
     free_unbacked_symbols,
 )
@@ -378,6 +379,13 @@ def add_input(gm: fx.GraphModule, name: str, value: torch.Tensor, after: fx.Node
     with gm.graph.inserting_after(after) if after is not None else gm.graph.inserting_before(first):
         node = gm.graph.placeholder(name)
     fake = mode.from_tensor(value.detach(), static_shapes=True)
+    if (tracing := TracingContext.try_get()) is not None:
+        # else AOTAutograd's own fake has symbols as sizes, which Dynamo can not guard: it has no source for them
+        tracing.tensor_to_context[value] = StatefulSymbolicContext(  # 2.13
+            dynamic_sizes=[DimDynamic.STATIC] * value.dim(),
+            tensor_source=ConstantSource(name),
+            shape_env_to_source_to_symbol_cache={},
+        )
     node.meta = {"example_value": fake, "val": fake, "tensor_dict": {"_dynamo_static_input_type": "unguarded"}}  # 2.13
     node._dynamo_source = None  # 2.13: None is "no source", absence is an error
     return node

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -281,6 +282,29 @@ def test_gradients_on_and_off_get_their_own_graphs() -> None:
     with torch.no_grad():
         assert right(model, run, x)
     assert backend.runs == 2
+
+
+class HalfAngles(nn.Module):
+    """Reads half of the angles that positions and a weight's copy make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.linspace(0, 1, 8, dtype=torch.bfloat16))
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        angles = self.frequencies.float()[None, :] * positions[:, None]
+        return x + torch.cat([angles, angles], -1)[:, :8].sum()
+
+
+def test_results_have_fixed_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A result is no input that Dynamo knows, so it could not guard a symbol for its size."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # what is cached makes no guards
+    model = HalfAngles()
+    compiled = torch.compile(model, backend=Backend("inductor", lambda _: None))
+    with torch.no_grad():
+        for count in (3, 4):
+            x, positions = torch.randn(count, 4), torch.arange(count)
+            torch.testing.assert_close(compiled(x, positions), model(x, positions))
 
 
 @torch.no_grad()
