@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -15,10 +16,11 @@ pytest.importorskip("transformers")
 
 import latent
 from convert_tools import VOCABULARY, converted, decode, decoder_of, forward, step, tiny, tokens
-from latent.passes.recipes.cross_layer_svd import CrossLayerSVD, cached_numbers
+from latent.passes.recipes.cross_layer_svd import VALUES, CrossLayerSVD, cached_numbers
 from latent.rewriter.convert import factored
 from latent.rewriter.convert.groups.grouping import _partition, even_groups, given_groups
 from latent.rewriter.convert.layers import ConversionRefused
+from latent.rewriter.convert.weighing import value_roots
 from zoo.build import build
 
 WIDTH = 16
@@ -56,10 +58,11 @@ def assert_close(found: Tensor, wanted: Tensor, tolerance: float = 1e-11) -> Non
 @pytest.mark.parametrize("max_length", [None, 40])
 @pytest.mark.parametrize("bases", ["prompt", "calibrated"])
 @pytest.mark.parametrize("groups", ["even", ((0, 2), (1, 3)), ((0, 1, 2),)])
-def test_full_rank_reproduces_the_logits(bases: Any, max_length: int | None, groups: Any) -> None:
+@pytest.mark.parametrize("weigh", [True, False])
+def test_full_rank_reproduces_the_logits(bases: Any, max_length: int | None, groups: Any, weigh: bool) -> None:
     """Also with padding, and with groups that interleave or leave a layer as it was."""
     model = tiny()
-    made = converted(model, full(bases=bases, groups=groups), TEXT)
+    made = converted(model, full(bases=bases, groups=groups, weigh=weigh), TEXT)
     found = decode(made, latent.LatentCache(made, max_length), ids(), PROMPT, padded())
     seen = padded().bool()
     assert_close(found[seen], forward(model, ids(), padded())[seen])
@@ -151,13 +154,14 @@ def prompt_rows(model: Any, made: Any, which: int) -> list[Tensor]:
 
 def rebuilt(cache: Any, layer: int, which: int) -> Tensor:
     held = cache.layers[layer]
-    return (held.leader.tokens.keys, held.leader.tokens.values)[which].squeeze(1) @ held.bases[which]
+    basis = held.bases[which]
+    return (held.leader.tokens.keys, held.leader.tokens.values)[which].squeeze(1) @ basis
 
 
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("group", [1, 2, 3])
 def test_the_error_is_the_energy_of_what_was_left_out(group: int, which: int) -> None:
-    made = converted(tiny(), xkv(group=group))
+    made = converted(tiny(), xkv(group=group, weigh=False))
     cache = latent.LatentCache(made)
     step(made, cache, ids()[:, :PROMPT], PROMPT)
     rows = prompt_rows(tiny(), made, which)
@@ -170,6 +174,39 @@ def test_the_error_is_the_energy_of_what_was_left_out(group: int, which: int) ->
         assert_close(error / wide.pow(2).sum((1, 2)), energy / wide.pow(2).sum((1, 2)), 1e-10)
         if group == 1:  # the truncated decomposition of a layer by itself
             assert_close(found, u[..., :rank] * s[:, None, :rank] @ v[:, :rank], 1e-9)
+
+
+@pytest.mark.parametrize("bases", ["prompt", "calibrated"])
+def test_weighed_values_lose_less_of_what_the_output_reads(bases: Any) -> None:
+    """By exactly the energy that the best factor of the values' shares of the output leaves out, if it is the prompt's.
+
+    Heads of very different outputs, so that the two ways differ.
+    """
+    model = copy.deepcopy(tiny())
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[:, ::3] *= 4
+    layers, lost = decoder_of(model).layers, []
+    for weigh in (True, False):
+        made = converted(model, xkv(rank_value=3, weigh=weigh, bases=bases), ids()[:, :PROMPT])
+        cache = latent.LatentCache(made)
+        step(made, cache, ids()[:, :PROMPT], PROMPT)
+        rows = prompt_rows(model, made, 1)
+        total = torch.zeros(2, dtype=torch.double)
+        for index, layer in enumerate(layers):
+            read = layer.output.weight.unflatten(1, (layer.groups, -1))  # [C, G, heads of a group, e]
+            error = (rows[index] - rebuilt(cache, index, 1)).unflatten(-1, (layer.groups, -1))
+            total += torch.einsum("cghe,btge->btghc", read, error).pow(2).sum((1, 2, 3, 4))
+        lost.append(total)
+    weighed, plain = lost
+    if bases == "prompt":
+        best = torch.zeros(2, dtype=torch.double)
+        for pair in even_groups(4, 2):
+            wide = torch.cat([rows[i] @ torch.block_diag(*value_roots(layers[i])) for i in pair], -1)
+            best += torch.linalg.svdvals(wide)[:, 6:].pow(2).sum(-1)
+        assert_close(weighed, best, 1e-9)
+        assert (weighed < plain).all()
+    assert weighed.sum() < plain.sum()
 
 
 def test_padding_and_other_rows_have_no_say() -> None:
@@ -194,8 +231,6 @@ def test_no_token_sees_a_later_one(bases: Any) -> None:
 
 def test_calibrated_bases_find_a_subspace_that_all_text_lies_in() -> None:
     """Keys and values of few dimensions across the layers: those are all that is needed, for other text too."""
-    import copy
-
     model = copy.deepcopy(tiny())
     with torch.no_grad():
         for layer in model.model.layers:
@@ -247,12 +282,12 @@ def test_ranks_fit_into_a_share_of_the_bytes(bases: Any) -> None:
     made = converted(tiny(), CrossLayerSVD(group=2, share=0.5, length=300, bases=bases, least=0), TEXT)
     memory = made.model.layers[0].self_attn.memory
     key, value = (rank // 2 for rank in memory.ranks)
-    assert 0 <= value - 1.5 * key < 1
+    assert value == VALUES * key
     cache = latent.LatentCache(made)
     step(made, cache, tokens(1, 300), 300)
     prompt = bases == "prompt"
     assert cache.nbytes == 8 * cached_numbers(decoder, even_groups(4, 2), (key, value), 300, prompt)
-    more = cached_numbers(decoder, even_groups(4, 2), (key + 1, -(-3 * (key + 1) // 2)), 300, prompt)
+    more = cached_numbers(decoder, even_groups(4, 2), (key + 1, VALUES * (key + 1)), 300, prompt)
     assert cache.nbytes <= 0.5 * 8 * 300 * decoder.cached < 8 * more
 
 
@@ -281,8 +316,6 @@ def test_borders_are_found_where_layers_differ() -> None:
 
 def test_similar_layers_are_found_by_text() -> None:
     """Layers 1 to 3 are made the same function of nearly the same hidden states."""
-    import copy
-
     model = copy.deepcopy(tiny())
     with torch.no_grad():
         for layer in model.model.layers:

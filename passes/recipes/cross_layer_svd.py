@@ -5,7 +5,8 @@
 for the keys before rope (after their norm, if they have one), and for the values, without their biases. The error is
 the energy of the singular values that were left out. Bases of the prompt are the best there are for it, at the price
 of being kept with it: r·n·Gd numbers, as many as n·Gd more tokens take. Bases of calibration text are part of the
-model. Layers are not weighed: to scale them to equal energy first was measured, and it was no better.
+model. Beyond the paper, an error of the values counts by what the output's projection makes of it. Layers are not
+weighed: to scale them to equal energy first was measured, and it was no better.
 """
 
 from __future__ import annotations
@@ -26,8 +27,13 @@ from ...rewriter.convert.memory import FullMemory, Memory, heads_of, unturned_ke
 from ...rewriter.convert.rank import angles
 from ...rewriter.convert.recipe import Needs, part, recipe
 from ...rewriter.convert.rotation import Turns
+from ...rewriter.convert.weighing import value_roots
 
-__all__ = ["CrossLayerMemory", "CrossLayerSVD", "cached_numbers"]
+__all__ = ["VALUES", "CrossLayerMemory", "CrossLayerSVD", "cached_numbers"]
+
+VALUES = 2
+"""Ranks for values to one for keys. Keys have fewer directions that matter, and where keys are wrong less is read of
+values that are wrong: with exact keys, compressed values lose more. 1.5 is the paper's; measured on 135M parameters."""
 
 
 @recipe
@@ -37,9 +43,10 @@ class CrossLayerSVD:
 
     `group` layers each, the last group may be short; `groups="similar"` moves the borders to where layers differ on
     calibration text, and tuples of layers are taken as they are, with the layers that they leave out unchanged.
-    `rank_key` and `rank_value` are for one layer, a group of n has n times that; without them, the ranks (2 to 3) take
-    `share` of the bytes of a prompt of `length` tokens. With `bases="calibrated"` the bases are learned from text, and
-    new tokens are compressed too. A prompt of fewer than `least` tokens, 4 n G d if not given, is left uncompressed.
+    `rank_key` and `rank_value` are for one layer, a group of n has n times that; without them, the ranks (1 to 2) take
+    `share` of the bytes of a prompt of `length` tokens. Without `weigh` all columns of the values count alike. With
+    `bases="calibrated"` the bases are learned from text, and new tokens are compressed too. A prompt of fewer than
+    `least` tokens, 4 n G d if not given, is left uncompressed.
     """
 
     group: int = 4
@@ -48,6 +55,7 @@ class CrossLayerSVD:
     rank_value: int | None = None
     share: float = 0.5
     length: int = 4096
+    weigh: bool = True
     bases: Literal["prompt", "calibrated"] = "prompt"
     least: int | None = None
 
@@ -65,7 +73,8 @@ class CrossLayerSVD:
             ranks = group_ranks(layers, key, value)
             least = 4 * sum(layer.groups * layer.key_width for layer in layers) if self.least is None else self.least
             for index, layer in zip(group, layers, strict=True):
-                memory = CrossLayerMemory.of(layer, group, ranks, least, bases.get(index))
+                roots = value_roots(layer) if self.weigh else None
+                memory = CrossLayerMemory.of(layer, group, ranks, least, roots, bases.get(index))
                 attentions[index].replace_memory(memory, self.name)
 
     def _groups(self, decoder: Decoder, calibration: Calibration) -> list[tuple[int, ...]]:
@@ -88,8 +97,8 @@ class CrossLayerSVD:
         if not 0 < self.share <= 1:
             raise ConversionRefused("share", f"{self.share} is no share of the cache; give one above 0, at most 1")
         room, found = self.share * decoder.cached * self.length, (0, 0)
-        for unit in range(1, max(_widths(decoder.layers)[0]) + 1):
-            ranks = (unit, -(-3 * unit // 2))
+        for unit in range(1, max(map(max, _widths(decoder.layers))) + 1):
+            ranks = (unit, VALUES * unit)
             if cached_numbers(decoder, groups, ranks, self.length, self.bases == "prompt") > room:
                 break
             found = ranks
@@ -108,15 +117,22 @@ class CrossLayerSVD:
         ranks: tuple[int, int],
         calibration: Calibration,
     ) -> dict[int, list[Tensor]]:
-        """B_l of the keys of every layer, [r, G d], and of its values, from calibration text."""
+        """B_l of the keys of every layer, [r, G d]; what makes A of its values, and B_l of them, [r, G e]."""
         from ...rewriter.convert.groups.layers import leading
 
         found: dict[int, list[Tensor]] = {}
         moments = cross_moments(decoder, groups, calibration, self.name)
         for group, pair in zip(groups, moments, strict=True):
             layers = [decoder.layers[index] for index in group]
-            for moment, rank, widths in zip(pair, group_ranks(layers, *ranks), _widths(layers), strict=True):
-                for index, basis in zip(group, leading(moment, rank).split(widths, -1), strict=True):
+            widths, (key, value) = _widths(layers), group_ranks(layers, *ranks)
+            roots = [value_roots(layer) for layer in layers] if self.weigh else []
+            weights = torch.block_diag(*(root for one in roots for root in one)) if roots else None
+            felt = pair[1] if weights is None else weights @ pair[1] @ weights.t()
+            keys, values = leading(pair[0], key), leading(felt, value)
+            into = values if weights is None else values @ weights
+            up = values if weights is None else torch.linalg.solve(weights.t(), values, left=False)
+            for kept, parts in ((keys, widths[0]), (into, widths[1]), (up, widths[1])):
+                for index, basis in zip(group, kept.split(parts, -1), strict=True):
                     found.setdefault(index, []).append(basis.contiguous())
         return found
 
@@ -153,7 +169,9 @@ class CrossLayerMemory(Memory):
     after_norm: ClassVar[bool] = True
 
     basis_key: Tensor
+    into_value: Tensor
     basis_value: Tensor
+    roots: Tensor | None
 
     def __init__(
         self,
@@ -163,6 +181,7 @@ class CrossLayerMemory(Memory):
         ranks: Sequence[int],
         least: int,
         calibrated: bool,
+        weighed: bool = False,
     ) -> None:
         super().__init__(rotary)
         self.full = FullMemory(**full, rotary=rotary)
@@ -171,7 +190,12 @@ class CrossLayerMemory(Memory):
         if calibrated:
             key, value = self.full.key, self.full.value
             self.register_buffer("basis_key", key.weight.new_empty(ranks[0], key.out_features))
+            self.register_buffer("into_value", value.weight.new_empty(ranks[1], value.out_features))
             self.register_buffer("basis_value", value.weight.new_empty(ranks[1], value.out_features))
+        # bases of a prompt are made anew for each, so what they are weighed by is kept
+        width = self.full.value_width if weighed and not calibrated else None
+        roots = None if width is None else self.full.value.weight.new_empty(self.full.groups, width, width)
+        self.register_buffer("roots", roots)
 
     @classmethod
     def of(
@@ -180,14 +204,17 @@ class CrossLayerMemory(Memory):
         members: Sequence[int],
         ranks: tuple[int, int],
         least: int,
+        roots: Tensor | None,
         bases: Sequence[Tensor] | None,
     ) -> CrossLayerMemory:
         full = FullMemory.of(layer)
         with torch.device("meta"):
-            made = cls(layer.rotary, full.settings(), members, ranks, least, bases is not None)
+            made = cls(layer.rotary, full.settings(), members, ranks, least, bases is not None, roots is not None)
         made.full = full
         if bases is not None:
-            made.basis_key, made.basis_value = (basis.to(full.key.weight) for basis in bases)
+            made.basis_key, made.into_value, made.basis_value = (basis.to(full.key.weight) for basis in bases)
+        elif roots is not None:
+            made.roots = roots.to(full.value.weight)
         return made
 
     def settings(self) -> dict[str, object]:
@@ -197,6 +224,7 @@ class CrossLayerMemory(Memory):
             "ranks": list(self.ranks),
             "least": self.least,
             "calibrated": self.calibrated,
+            "weighed": self.roots is not None,
         }
 
     def new(self, hidden: Tensor, turns: Turns | None) -> tuple[Tensor, Tensor]:
@@ -215,8 +243,9 @@ class CrossLayerMemory(Memory):
         from ...rewriter.convert.groups.layers import CalibratedLayer, PromptLayer
 
         if self.calibrated:
-            return CalibratedLayer(self.members, make, (self.basis_key, self.basis_value))
-        return PromptLayer(self.members, make, self.ranks, self.least)
+            into, bases = (self.basis_key, self.into_value), (self.basis_key, self.basis_value)
+            return CalibratedLayer(self.members, make, into, bases)
+        return PromptLayer(self.members, make, self.ranks, self.least, self.roots)
 
 
 def _plus(x_BNTw: Tensor, bias: Tensor | None) -> Tensor:

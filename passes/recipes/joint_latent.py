@@ -25,6 +25,7 @@ from ...rewriter.convert.memory import Memory, heads_of
 from ...rewriter.convert.rank import even_ranks, ranks_by_energy
 from ...rewriter.convert.recipe import Needs, part, recipe
 from ...rewriter.convert.rotation import Turns
+from ...rewriter.convert.weighing import value_roots
 
 __all__ = ["JointLatent", "JointMemory", "basis", "factors", "keys_of", "stacked", "weighing"]
 
@@ -88,12 +89,8 @@ def weighing(layer: AttentionLayer, query_squares: Tensor) -> Tensor:
         else:
             pairs = turned.view(groups, -1, 2).mean(2)
             felt[:, rotary.first : rotary.first + rotary.width] = pairs.repeat_interleave(2, 1)
-    read = layer.output.weight.double().view(-1, groups, layer.heads // groups, layer.value_width)
-    grams = torch.einsum("cghe,cghf->gef", read, read)
-    energy, vectors = torch.linalg.eigh(grams)
-    roots = energy.clamp_min(1e-8 * float(energy.max())).sqrt()
     keys = felt.flatten().clamp_min(1e-8 * float(felt.max())).sqrt()
-    blocks: Tensor = torch.block_diag(torch.diag(keys), *(vectors * roots[:, None]) @ vectors.mT)
+    blocks: Tensor = torch.block_diag(torch.diag(keys), *value_roots(layer))
     return blocks
 
 

@@ -66,6 +66,39 @@ def half_cache(model: Any) -> Any:
     return cache
 
 
+class ForgettingLayer(DynamicLayer):  # type: ignore[misc]
+    """Of the first call its newest tokens and the first four: what a factor of all of them has to beat."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share, self.forgotten = share, 0
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        held = super().update(keys, values, *args, **kwargs)
+        if (prompt := keys.shape[-2]) == self.keys.shape[-2]:
+            self.forgotten = prompt - round(self.share * prompt)
+            self.keys, self.values = (
+                torch.cat((x[..., :4, :], x[..., self.forgotten + 4 :, :]), -2) for x in (self.keys, self.values)
+            )
+        return held
+
+    def get_seq_length(self) -> int:
+        return int(super().get_seq_length()) + self.forgotten
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """What is kept lies right before the call, as far as a mask sees; angles are those of the keys' own places."""
+        return super().get_seq_length() + query_length, self.forgotten
+
+
+def forgetting_cache(share: float) -> CacheOf:
+    def cache(model: Any) -> Any:
+        made = DynamicCache(config=model.config)
+        made.layers = [ForgettingLayer(share) for _ in made.layers]
+        return made
+
+    return cache
+
+
 def by(recipe: Any) -> Callable[[Any, torch.Tensor], Any]:
     return lambda model, tokens: latent.convert(model, recipe, tokens, inplace=True)
 
@@ -97,6 +130,10 @@ def methods(prompt: int, length: int) -> tuple[Method, ...]:
             )
             for share in (50, 25)
             for n in (1, 2, 3, 5)
+        ),
+        *(
+            Method(f"newest {share} % of the prompt", cache_of=forgetting_cache(share / 100), calibrated=False)
+            for share in (50, 25)
         ),
         Method("16-bit cache", cache_of=half_cache, calibrated=False),
     )

@@ -2,7 +2,8 @@
 
     x = [x_1 | ... | x_n] ≈ A [B_1 | ... | B_n]     A = x Bᵀ     B = the leading eigenvectors of Σ_t x_t x_tᵀ
 
-for the keys before rope, and for the values. The first layer of a group holds A of both. Formed of the prompt
+for the keys before rope, and for the values, which can be weighed: x_l R_lᵀ stands in place of x_l then, and B_l R_l⁻ᵀ
+in place of B_l. The first layer of a group holds A of both. Formed of the prompt
 (`PromptLayer`), B is the prompt's own, and tokens that come later are kept as they are. Formed of other text
 (`CalibratedLayer`), B is the model's, and every token goes into A once the group's last layer has seen it. The tokens
 of a call attend to each other exactly.
@@ -21,7 +22,7 @@ from transformers.cache_utils import CacheLayerMixin
 from ..cache import FixedLayer, GrowingLayer
 from ..factored import Factored
 
-__all__ = ["CalibratedLayer", "PromptLayer", "flat_rows", "leading"]
+__all__ = ["CalibratedLayer", "PromptLayer", "flat_rows", "leading", "unweighed"]
 
 log = logging.getLogger(__name__)
 
@@ -95,11 +96,11 @@ class FactorLayer(CacheLayerMixin):
 
 
 class CalibratedLayer(FactorLayer):
-    """Tokens as rows of A; `bases` are the model's, [r, N·w] each."""
+    """Tokens as rows of A; `into` and `bases` are the model's, [r, N·w] each: A = Σ_l x_l I_lᵀ, x_l ≈ A B_l."""
 
-    def __init__(self, members: Sequence[int], make: Callable[[], Any], bases: Pair) -> None:
+    def __init__(self, members: Sequence[int], make: Callable[[], Any], into: Pair, bases: Pair) -> None:
         super().__init__(members, make)
-        self.bases = bases
+        self.into, self.bases = into, bases
         self.pending: Pair | None = None
 
     def join(self, layers: Sequence[Any]) -> None:
@@ -128,7 +129,7 @@ class CalibratedLayer(FactorLayer):
 
     def _add(self, key: Tensor, value: Tensor) -> None:
         leader = self.leader
-        made = [flat_rows(x) @ basis.t() for x, basis in zip((key, value), self.bases, strict=True)]
+        made = [flat_rows(x) @ into.t() for x, into in zip((key, value), self.into, strict=True)]
         if leader.pending is not None:
             made = [one + other for one, other in zip(made, leader.pending, strict=True)]
         leader.pending = (made[0], made[1])
@@ -156,12 +157,19 @@ class PromptLayer(FactorLayer):
     """The tokens of the first call as rows of A, those of later calls as they are.
 
     A first call of fewer than `least` tokens is kept as it is: B would take more room than is saved.
-    `ranks` are those of the group.
+    `ranks` are those of the group, `roots` are R of this layer's values, [N, w, w].
     """
 
-    def __init__(self, members: Sequence[int], make: Callable[[], Any], ranks: tuple[int, int], least: int) -> None:
+    def __init__(
+        self,
+        members: Sequence[int],
+        make: Callable[[], Any],
+        ranks: tuple[int, int],
+        least: int,
+        roots: Tensor | None = None,
+    ) -> None:
         super().__init__(members, make)
-        self.ranks, self.least = ranks, least
+        self.ranks, self.least, self.roots = ranks, least, roots
         self.tail: Any = make()
         self.bases: Pair | None = None
         self.waiting: Pair | None = None
@@ -263,14 +271,24 @@ def _factor(group: Sequence[PromptLayer], mask: Tensor | None) -> None:
     """Put in place of a group's rows their leading components; tokens that nobody sees have no say in which."""
     tokens, bases = [], []
     for which, rank in enumerate(group[0].ranks):
-        parts = [flat_rows(layer.waiting[which]) for layer in group if layer.waiting is not None]
-        rows, widths = torch.cat(parts, -1), [part.shape[-1] for part in parts]
-        wide = rows.double() if mask is None else rows.double() * _seen(mask, rows.shape[1]).unsqueeze(-1)
-        basis = leading(wide.transpose(1, 2) @ wide, min(rank, rows.shape[1], rows.shape[2])).to(rows)
-        tokens.append(rows @ basis.transpose(1, 2))
-        bases.append([part.contiguous() for part in basis.split(widths, -1)])
+        roots = [layer.roots if which == 1 else None for layer in group]
+        held = [(layer.waiting[which], root) for layer, root in zip(group, roots, strict=True) if layer.waiting]
+        parts = [flat_rows(x if root is None else x.double() @ root.double().mT) for x, root in held]
+        rows, widths = torch.cat(parts, -1).double(), [part.shape[-1] for part in parts]
+        seen = rows if mask is None else rows * _seen(mask, rows.shape[1]).unsqueeze(-1)
+        basis = leading(seen.transpose(1, 2) @ seen, min(rank, rows.shape[1], rows.shape[2]))
+        tokens.append((rows @ basis.transpose(1, 2)).to(held[0][0]))
+        split = zip(basis.split(widths, -1), held, strict=True)
+        bases.append([(part if root is None else unweighed(part, root)).to(x) for part, (x, root) in split])
     for n, (layer, key, value) in enumerate(zip(group, *bases, strict=True)):
-        layer.keep_factor((key, value), (tokens[0], tokens[1]) if n == 0 else None)
+        layer.keep_factor((key.contiguous(), value.contiguous()), (tokens[0], tokens[1]) if n == 0 else None)
+
+
+def unweighed(basis_rn: Tensor, roots: Tensor) -> Tensor:
+    """B R⁻ᵀ: [..., r, N·w] and [N, w, w] -> [..., r, N·w]."""
+    split = basis_rn.unflatten(-1, roots.shape[:2])
+    inverse = torch.linalg.inv(roots.double()).to(split)
+    return torch.einsum("...nw,nvw->...nv", split, inverse).flatten(-2)
 
 
 def _seen(mask: Tensor, length: int) -> Tensor:
