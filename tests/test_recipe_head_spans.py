@@ -344,6 +344,22 @@ def test_fixed_rings_compile_once_and_decode_with_split_keys() -> None:
     assert len(graph.sites) == graph.count("split_kv_decode") == 6
 
 
+def test_growing_caches_trace_as_one_graph_where_every_size_is_dynamic() -> None:
+    """Sizes that are equal must not become symbols where an operator wants a plain truth value."""
+    model = copy.deepcopy(model_of()).float()
+    made = converted(model, plan_of(model))
+    wanted, cache = by_steps(made, ids(1), None, [40]), latent.LatentCache(made)
+    by_steps(made, ids(1), cache, [20])
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(made, backend="eager", fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for at in range(20, 40):
+            given = {"input_ids": ids(1)[:, at : at + 1], "position_ids": torch.tensor([[at]])}
+            close(compiled(**given, past_key_values=cache).logits[:, 0], wanted[:, at], 1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4  # windows that are not full yet have their own
+
+
 # ** refusals **
 
 

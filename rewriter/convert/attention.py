@@ -215,11 +215,13 @@ def attend(
         rows = query_BHSd.view(batch, groups, heads // groups, -1)
         out = F.scaled_dot_product_attention(rows, key_BGTd, value_BGTe, mask, scale=scale)
         return out.reshape(batch, 1, heads, -1)
-    causal = mask is None
-    if queries == 1:  # not one expression, which would be a symbol where the length is dynamic
+    causal, grouped = mask is None, False
+    if queries == 1:  # no expressions of the sizes, which would be symbols where those are dynamic
         causal = False
+    if heads != groups:
+        grouped = True
     out = F.scaled_dot_product_attention(
-        query_BHSd, key_BGTd, value_BGTe, mask, is_causal=causal, scale=scale, enable_gqa=heads != groups
+        query_BHSd, key_BGTd, value_BGTe, mask, is_causal=causal, scale=scale, enable_gqa=grouped
     )
     return out.transpose(1, 2)
 
