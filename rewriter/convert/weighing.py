@@ -19,4 +19,5 @@ def value_roots(layer: AttentionLayer) -> Tensor:
     read = layer.output.weight.double().view(-1, groups, layer.heads // groups, layer.value_width)
     energy, vectors = torch.linalg.eigh(torch.einsum("cghe,cghf->gef", read, read))
     roots = energy.clamp_min(1e-8 * float(energy.max())).sqrt()
-    return (vectors * roots[:, None]) @ vectors.mT
+    root: Tensor = (vectors * roots[:, None]) @ vectors.mT
+    return root

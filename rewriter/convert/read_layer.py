@@ -1,0 +1,246 @@
+"""One attention as weights: its projections, norms and rotation, read off from unit vectors.
+
+A site of a graph says where queries, keys and values come from; each projection is run on unit vectors, whatever it is
+made of, so that merged, scaled and reordered weights are read alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..axes import Dim, flat, size_of
+from ..canonical import width_of
+from ..contractions import contraction
+from ..layouts import is_cast, is_tensor, layout_step
+from ..origins.low_rank import low_rank
+from ..origins.pieces import Norm, Origin, Projection, Reading, Rope, origins
+from ..origins.walk import find_producer
+from ..provenance import module_path
+from ..score_form import ScoreForm, score_form, unusual_weights
+from ..sites import AttentionSite, Operand
+from .layers import Affine, AttentionLayer, CallForm, ConversionRefused, HeadNormFacts, Rotary
+from .linear_maps import Function, affine_map, part_of, without_biases
+from .norms import read_norm
+
+__all__ = ["LayerReader"]
+
+aten = torch.ops.aten
+
+_PASSES = {aten.dropout.default, aten.clone.default, aten.detach.default, aten.contiguous.default}
+
+
+class LayerReader:
+    """One site, read off as weights."""
+
+    def __init__(self, gm: fx.GraphModule, site: AttentionSite, inputs: dict[fx.Node, Any]) -> None:
+        self.gm, self.site, self.inputs = gm, site, inputs
+        self.path = module_path(site.anchor)
+        self.origins = origins(site)
+
+    def refuse(self, reason: str) -> ConversionRefused:
+        return ConversionRefused(self.path or "the model", reason)
+
+    def layer(self) -> AttentionLayer:
+        site, found = self.site, self.origins
+        if (latent := low_rank(site, found=found)) is not None:
+            raise self.refuse(f"its keys and values are made of a latent of {latent.width} numbers already")
+        scores, weights = score_form(site), unusual_weights(site)
+        if not isinstance(scores, ScoreForm):
+            raise self.refuse(scores.reason)
+        if weights is not None:
+            raise self.refuse(weights.reason)
+        if len(site.terms) != 1:
+            raise self.refuse("its scores are a sum of several products")
+        if scores.sinks or scores.scale_by:
+            raise self.refuse("it has learned sinks" if scores.sinks else "its scores are scaled by a tensor")
+        if not scores.masks and not (site.call is not None and (site.call.causal or site.call.mask is not None)):
+            raise self.refuse("its queries see the keys that follow them, as in an encoder")
+        scale = scores.scale
+        if site.call is not None:
+            scale = site.call.scale if isinstance(site.call.scale, float) else size_of(width_of(site)) ** -0.5
+            scores = replace(scores, cap=site.call.cap or scores.cap)
+        sources = [self._source(origin, which) for which, origin in self._named()]
+        if len(set(sources)) != 1:
+            raise self.refuse("queries, keys and values are not made of the same hidden states")
+        source = sources[0]
+        axes = site.axes
+        query = self._projection(source, site.query, found.query, "query", axes.heads + axes.groups, width_of(site))
+        key = self._projection(source, site.key, found.key, "key", axes.heads, width_of(site))
+        value = self._projection(source, site.value, found.value, "value", axes.heads, axes.value_width)
+        call = CallForm((), 0, -1)
+        output = self._output()
+        norms = self._norm(found.query, query.weight), self._norm(found.key, key.weight)
+        return AttentionLayer(
+            self.path, query, key, value, output, self._rotary(), scale, scores.cap, call, 0, norms[0], norms[1]
+        )
+
+    def _named(self) -> list[tuple[str, Origin]]:
+        return [("query", self.origins.query), ("key", self.origins.key), ("value", self.origins.value)]
+
+    def _source(self, origin: Origin, which: str) -> fx.Node:
+        """The hidden states that a projection reads."""
+        projection = next((piece for piece in origin if isinstance(piece, Projection)), None)
+        if projection is None or not projection.learned:
+            raise self.refuse(f"the {which} comes from no projection with a weight")
+        if which == "value" and self._norms(origin):
+            raise self.refuse("a norm stands between the projection of the values and the attention")
+        node = projection.source
+        while (step := layout_step(node)) is not None:
+            node = step.source
+        return node
+
+    def _norms(self, origin: Origin) -> dict[fx.Node, tuple[Norm, fx.Node]]:
+        """The norms between the attention and the projection, with what they read."""
+        found: dict[fx.Node, tuple[Norm, fx.Node]] = {}
+        for piece in origin:
+            if isinstance(piece, Projection):
+                break
+            if isinstance(piece, Norm):
+                made = find_producer(piece.node, Reading(piece.node))
+                if made is None or made.source is None:
+                    raise self.refuse("a norm of its queries or keys cannot be read")
+                found[piece.node] = (piece, made.source)
+        return found
+
+    def _norm(self, origin: Origin, weight: Tensor) -> HeadNormFacts | None:
+        norms = list(self._norms(origin).values())
+        if not norms:
+            return None
+        if len(norms) > 1:
+            raise self.refuse("more than one norm stands between a projection and the scores")
+        norm, source = norms[0]
+        like = source.meta["val"]
+        empty = torch.empty(tuple(like.shape), dtype=like.dtype, device=like.device)
+        run = part_of(self.gm, source, norm.node, self.inputs)
+        found = read_norm(run, empty, norm.kind, weight.shape[0], weight.shape[1])
+        if found is None:
+            raise self.refuse("a norm of its queries or keys is neither over one head nor over all of them")
+        return found
+
+    def _ropes(self) -> tuple[Rope | None, Rope | None]:
+        pair = [next((p for p in origin if isinstance(p, Rope)), None) for _, origin in self._named()[:2]]
+        return pair[0], pair[1]
+
+    def _rotary(self) -> Rotary | None:
+        query, key = self._ropes()
+        if query is None and key is None:
+            return None
+        if (
+            query is None
+            or key is None
+            or (query.form, query.width, query.position)
+            != (
+                key.form,
+                key.width,
+                key.position,
+            )
+        ):
+            raise self.refuse("queries and keys are not turned alike by their positions")
+        if query.form == "other":
+            raise self.refuse("how its rotation pairs the columns cannot be read")
+        form = "half" if query.form == "half" else "interleaved"
+        return Rotary(form, int(query.width), int(query.position))  # type: ignore[arg-type]
+
+    def _unturned(self) -> dict[fx.Node, Tensor]:
+        """Values for the angles with which every rotation is the identity."""
+        given: dict[fx.Node, Tensor] = {}
+        for rope in self._ropes():
+            for n, node in enumerate(rope.angles if rope is not None else ()):
+                like = node.meta["val"]
+                fill = torch.ones if n == 0 else torch.zeros
+                given[node] = fill(tuple(like.shape), dtype=like.dtype, device=like.device)
+        return given
+
+    def _projection(
+        self, source: fx.Node, operand: Operand, origin: Origin, which: str, heads: Dim, width: Dim
+    ) -> Affine:
+        """[heads, width, C] from hidden states to where the attention reads them, rotations left out."""
+        axes = self.site.axes
+        tokens = axes.queries if which == "query" else axes.keys
+        skipped = {node: read for node, (_, read) in self._norms(origin).items()}
+        layout = self.site.space.resolve_layout(operand.layout)
+
+        def function(inputs: dict[fx.Node, Any]) -> Function:
+            run = part_of(self.gm, source, operand.node, inputs | self._unturned(), skipped)
+            return lambda x: _arranged(run(x), layout, (axes.batch, tokens, heads, width))
+
+        like = source.meta["val"]
+        if like.ndim != 3:
+            raise self.refuse("its hidden states are not [batch, tokens, width]")
+        empty = torch.empty(tuple(like.shape), dtype=like.dtype, device=like.device)
+        found = affine_map(function(self.inputs), function(without_biases(self.inputs)), empty)
+        if found is None:
+            raise self.refuse(f"the {which} is no linear map of the hidden states")
+        return found
+
+    def _output(self) -> Affine:
+        """[C, H, e] from the heads to what follows them."""
+        site, axes = self.site, self.site.axes
+        end = _linear_after(site.output)
+        if end is None:
+            raise self.refuse("what follows the attention is not a linear layer by itself")
+        like = site.output.meta["val"]
+        heads, width = axes.heads + axes.groups, axes.value_width
+        layout = site.space.resolve_layout(site.output_layout)
+        count, columns = int(size_of(heads)), int(size_of(width))
+        batch, tokens = int(size_of(axes.batch)), int(size_of(axes.queries))
+
+        def function(inputs: dict[fx.Node, Any]) -> Function:
+            run = part_of(self.gm, site.output, end, inputs)
+
+            def outputs(x: Tensor) -> Tensor:
+                placed = _placed(x, (axes.batch, axes.queries, heads, width), layout)
+                return run(placed.reshape(like.shape)).reshape(batch, tokens, -1)
+
+            return outputs
+
+        empty = torch.empty((batch, tokens, count * columns), dtype=like.dtype, device=like.device)
+        found = affine_map(function(self.inputs), function(without_biases(self.inputs)), empty)
+        if found is None:
+            raise self.refuse("what follows the attention is no linear map of its heads")
+        return Affine(found.weight.view(-1, count, columns), found.bias)
+
+
+def _arranged(x: Tensor, layout: Sequence[Dim], order: Sequence[Dim]) -> Tensor:
+    """A tensor with a dimension for each entry of `order`; other axes are repetitions, of which one is taken."""
+    axes = flat(layout)
+    x = x.reshape([int(axis.size) for axis in axes])
+    wanted = flat(order)
+    kept = [axis for axis in axes if axis in wanted]
+    x = x[tuple(slice(None) if axis in wanted else 0 for axis in axes)]
+    x = x.permute([kept.index(axis) for axis in wanted])
+    return x.reshape([int(size_of(dim)) for dim in order])
+
+
+def _placed(x: Tensor, order: Sequence[Dim], layout: Sequence[Dim]) -> Tensor:
+    """The reverse of `_arranged`."""
+    axes, wanted = flat(order), flat(layout)
+    x = x.reshape([int(axis.size) for axis in axes])
+    return x.permute([axes.index(axis) for axis in wanted])
+
+
+def _linear_after(node: fx.Node) -> fx.Node | None:
+    """The projection that reads the heads, with its bias; None where anything else does."""
+    while True:
+        users = [user for user in node.users if is_tensor(user)]
+        if len(users) != 1:
+            return None
+        node = users[0]
+        if contraction(node) is not None:
+            break
+        if layout_step(node) is None and not is_cast(node) and node.target not in _PASSES:
+            return None
+    while len(users := [user for user in node.users if is_tensor(user)]) == 1:
+        step = layout_step(users[0])
+        added = users[0].target in {aten.add.Tensor} and any(
+            n.op in ("placeholder", "get_attr") for n in users[0].all_input_nodes
+        )
+        if step is None and not added:
+            break
+        node = users[0]
+    return node
