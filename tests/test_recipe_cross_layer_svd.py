@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -289,6 +290,19 @@ def test_ranks_fit_into_a_share_of_the_bytes(bases: Any) -> None:
     assert cache.nbytes == 8 * cached_numbers(decoder, even_groups(4, 2), (key, value), 300, prompt)
     more = cached_numbers(decoder, even_groups(4, 2), (key + 1, VALUES * (key + 1)), 300, prompt)
     assert cache.nbytes <= 0.5 * 8 * 300 * decoder.cached < 8 * more
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_values_are_weighed_by_can_be_undone_when_it_is_rounded(dtype: torch.dtype) -> None:
+    """Outputs that read two directions of eight: the inverse of the rounded roots is no larger than it must be."""
+    layer = decoder_of(tiny(dtype)).layers[0]
+    generator = torch.Generator().manual_seed(0)
+    few = torch.randint(-2, 3, (2, layer.value_width), generator=generator).to(dtype)
+    read = torch.randint(-2, 3, (*layer.output.weight.shape[:2], 2), generator=generator).to(dtype) @ few
+    roots = value_roots(replace(layer, output=replace(layer.output, weight=read)))
+    largest = torch.linalg.matrix_norm(roots, 2)
+    undone = torch.linalg.matrix_norm(torch.linalg.inv(roots.to(dtype).double()), 2)
+    assert (undone * largest.max() <= 1.5 / max(1e-4, 8 * torch.finfo(dtype).eps)).all()
 
 
 def test_saved_bases_come_back(tmp_path: Any) -> None:

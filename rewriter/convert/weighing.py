@@ -13,11 +13,13 @@ __all__ = ["value_roots"]
 def value_roots(layer: AttentionLayer) -> Tensor:
     """R_g [G, e, e], float64, with |R_g v|² = Σ_h |W_o,h v|² over the heads h that read group g's values v.
 
-    R_g can be inverted: directions that nobody reads count a little, 1e-8 of the most that any does.
+    Its inverse is as good in the dtype of the weights: directions that are read less than 1e-4 of the most, or than 8
+    times the dtype's rounding, count as if they were read that much.
     """
     groups = layer.groups
     read = layer.output.weight.double().view(-1, groups, layer.heads // groups, layer.value_width)
     energy, vectors = torch.linalg.eigh(torch.einsum("cghe,cghf->gef", read, read))
-    roots = energy.clamp_min(1e-8 * float(energy.max())).sqrt()
+    roots = energy.clamp_min(0).sqrt()
+    roots = roots.clamp_min(max(1e-4, 8 * torch.finfo(layer.output.weight.dtype).eps) * float(roots.max()))
     root: Tensor = (vectors * roots[:, None]) @ vectors.mT
     return root
