@@ -305,6 +305,16 @@ def test_what_values_are_weighed_by_can_be_undone_when_it_is_rounded(dtype: torc
     assert (undone * largest.max() <= 1.5 / max(1e-4, 8 * torch.finfo(dtype).eps)).all()
 
 
+@pytest.mark.parametrize("bases", ["prompt", "calibrated"])
+def test_a_layer_whose_output_is_zero_is_compressed_like_others(bases: Any) -> None:
+    """As layers are that were added to a model before training."""
+    model = copy.deepcopy(tiny())
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight.zero_()
+    made = converted(model, full(bases=bases), TEXT)
+    assert_close(decode(made, latent.LatentCache(made), ids(), PROMPT), forward(model, ids()))
+
+
 def test_saved_bases_come_back(tmp_path: Any) -> None:
     made = converted(tiny(), xkv(bases="calibrated"), TEXT)
     made.save_pretrained(tmp_path)

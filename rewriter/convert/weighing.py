@@ -20,6 +20,7 @@ def value_roots(layer: AttentionLayer) -> Tensor:
     read = layer.output.weight.double().view(-1, groups, layer.heads // groups, layer.value_width)
     energy, vectors = torch.linalg.eigh(torch.einsum("cghe,cghf->gef", read, read))
     roots = energy.clamp_min(0).sqrt()
-    roots = roots.clamp_min(max(1e-4, 8 * torch.finfo(layer.output.weight.dtype).eps) * float(roots.max()))
+    most = float(roots.max()) or 1.0  # nothing is read of a layer whose output is zero
+    roots = roots.clamp_min(max(1e-4, 8 * torch.finfo(layer.output.weight.dtype).eps) * most)
     root: Tensor = (vectors * roots[:, None]) @ vectors.mT
     return root
