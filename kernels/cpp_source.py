@@ -60,19 +60,9 @@ _CONSTANTS = Template("""\
 //
 // B batch, K key heads, H = K · group query heads (group minor), i query tokens, j key tokens. $values
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
-#include <utility>
-#include <vector>
-$intrinsics
-struct Bf16 { uint16_t bits; };
-struct Half { uint16_t bits; };
+$common
 enum class Mask { NONE, BOOL, ADDITIVE };
 
-using Element = $element;
 constexpr int WIDTH = $width;              // of the first part of queries and keys
 constexpr int ROPE = $rope;                // of the second part
 constexpr int VALUE_WIDTH = $value_width;
@@ -84,9 +74,7 @@ constexpr bool CAPPED = $capped;
 constexpr bool SINKS = $sinks;
 constexpr bool TOTALS = $totals;           // the log of the sum of exponentials stands behind the values
 using Out = $out;
-constexpr float LOG2E = 1.44269504088896341f;
 
-constexpr int LANES = $lanes;
 constexpr int TILE = $tile;         // rows that share a widened block of keys
 constexpr int BLOCK = $block;       // keys widened at a time
 constexpr int I_OF_ONE = $i_of_one;    // register tile: that many scalars by one vector,
@@ -96,9 +84,6 @@ constexpr int FEW_BLOCK = $few_block;      // keys whose values stay in the firs
 constexpr int PREFETCH = 16;        // keys ahead
 constexpr int64_t WORTH = 50'000;   // products that a thread is woken for
 
-constexpr bool BF16_DOT = $bf16_dot;
-using Operand = $operand;           // a float, or a pair of bfloat16
-constexpr int STEP = $step;              // products in one operand
 constexpr int KEY_STEPS = $key_steps;
 constexpr int QUERY_STEPS = $query_steps;     // KEY_STEPS in whole tiles
 constexpr int STEPS_IN_L1 = $steps_in_l1;     // of a group of queries
@@ -108,6 +93,26 @@ constexpr int OUT_ROWS = $out_rows;       // COLUMNS in whole register tiles
 constexpr int OUT_STRIDE = $out_stride;
 constexpr int KEY_STRIDE = $key_stride;     // no multiple of the cache's sets
 constexpr int VALUE_STRIDE = $value_stride;
+""")
+
+_COMMON = Template("""\
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+#include <vector>
+$intrinsics
+struct Bf16 { uint16_t bits; };
+struct Half { uint16_t bits; };
+
+using Element = $element;
+constexpr int LANES = $lanes;
+constexpr bool BF16_DOT = $bf16_dot;
+using Operand = $operand;           // a float, or a pair of bfloat16
+constexpr int STEP = $step;              // products in one operand
+constexpr float LOG2E = 1.44269504088896341f;
 """)
 
 _INTRINSICS = """\
@@ -123,8 +128,27 @@ _PARTS = ("vectors.h", "call.h", "many_rows.h", "by_vectors.h", "few_rows.h", "e
 def source(spec: KernelSpec, isa: Isa) -> str:
     """The whole text. Equal specifications and instruction sets have equal texts."""
     names = ["by_tiles.h" if name == "by_vectors.h" and _by_tiles(spec, isa) else name for name in _PARTS]
-    parts = ((Path(__file__).parent / "cpp" / name).read_text("utf-8") for name in names)
-    return "\n".join((_CONSTANTS.substitute(_constants(spec, isa)), *parts))
+    return "\n".join((_CONSTANTS.substitute(_constants(spec, isa)), *map(part, names)))
+
+
+def common(dtype: torch.dtype, isa: Isa, dot: bool, halves: bool) -> str:
+    """What every kernel starts with: elements of a dtype, vectors of an instruction set.
+
+    With `dot` pairs of bfloat16 are multiplied as pairs; `halves`: float16 is read.
+    """
+    return _COMMON.substitute(
+        intrinsics=_INTRINSICS if dot or halves else "",
+        element=_ELEMENT[dtype],
+        lanes=isa.lanes,
+        bf16_dot=_bool(dot),
+        operand="uint32_t" if dot else "float",
+        step=2 if dot else 1,
+    )
+
+
+def part(name: str) -> str:
+    """A file of kernels/cpp/."""
+    return (Path(__file__).parent / "cpp" / name).read_text("utf-8")
 
 
 def _by_dots(spec: KernelSpec, isa: Isa) -> bool:
@@ -157,11 +181,10 @@ def _constants(spec: KernelSpec, isa: Isa) -> dict[str, object]:
         scores += " + mask"
     return {
         "name": spec.name,
-        "intrinsics": _INTRINSICS if dot or torch.float16 in (spec.dtype, spec.mask_dtype) else "",
+        "common": common(spec.dtype, isa, dot, torch.float16 in (spec.dtype, spec.mask_dtype)),
         "isa": " ".join((isa.name, *isa.flags)),
         "scores": f"visible({scores})" + ", and of the sink of the head" * spec.sinks,
         "values": "Values are the first part of the keys." if latent else "",
-        "element": _ELEMENT[spec.dtype],
         "width": spec.width,
         "rope": spec.rope_width,
         "value_width": spec.out_width,
@@ -173,15 +196,11 @@ def _constants(spec: KernelSpec, isa: Isa) -> dict[str, object]:
         "sinks": _bool(spec.sinks),
         "totals": _bool(spec.totals),
         "out": "float" if spec.totals else _ELEMENT[spec.dtype],
-        "lanes": isa.lanes,
         "tile": tile,
         "block": block,
         "few_block": min(192, max(48, _up(24_000 // (spec.out_width * spec.dtype.itemsize), 16))),
         "i_of_one": i_of_one,
         "i_of_two": i_of_two,
-        "bf16_dot": _bool(dot),
-        "operand": "uint32_t" if dot else "float",
-        "step": 2 if dot else 1,
         "key_steps": steps,
         "query_steps": query_steps,
         "steps_in_l1": -(-steps // -(-steps // 256)),

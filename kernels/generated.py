@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from ..rewriter.kernel_sources import KernelSource
 from ..rewriter.nodes import args_of
 from ..rewriter.registry import source_printer
-from .self_check import check_once
+from .self_check import check_once, small_calls
 from .spec import Call, KernelSpec, forms_of, of_used, spec_of, spec_of_forms
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def kernel_for(spec: KernelSpec, device: str) -> Kernel:
     """What computes a specification on a type of device: a checked kernel, or the reference body."""
     try:
         source, kernel = _build(spec, device)
-        check_once(spec, source, device, kernel, reference)
+        check_once(small_calls(spec, device), spec.dtype, source, device, kernel, reference)
     except Exception as error:
         log.warning("latent: no generated kernel for %s on %s, plain operators run: %s", spec.name, device, error)
         return reference

@@ -25,6 +25,7 @@ from ..rewriter.nodes import args_of
 from ..rewriter.registry import LibraryCall, lowering, source_printer
 from ..rewriter.sizes import concrete, fake_mode_of_value
 from .crossover import Widths, explain, threshold
+from .gemv import suits
 from .generated import DTYPES, kernel_for, printed, reference, unavailable
 from .machine import fast_dtype, quick
 from .spec import Call, KernelSpec, MaskKind, spec_of
@@ -75,6 +76,9 @@ def _per_head(rows_BHSX: Tensor, weight_KXY: Tensor) -> Tensor:
     B, H, S, X = rows_BHSX.shape
     K, _, Y = weight_KXY.shape
     rows = rows_BHSX.reshape(B, K, H // K * S, X).transpose(0, 1).reshape(K, B * (H // K) * S, X)
+    if not torch.is_grad_enabled() and suits(rows, [weight_KXY.mT]):
+        made: Tensor = torch.ops.latent.gemv(rows, [weight_KXY.mT], [None])[0]
+        return made.reshape(K, B, H // K * S, Y).transpose(0, 1).reshape(B, H, S, Y)
     if rows.shape[1] == 1 and fast_dtype(rows.device.type, rows.dtype) != rows.dtype:
         # a library that multiplies this dtype in software takes ten times as long as reading the matrix does
         return (rows.transpose(1, 2) * weight_KXY).sum(1).reshape(B, H, S, Y)

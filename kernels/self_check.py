@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from .spec import Call, KernelSpec, digest
 from .store import folder
+
+AnyCall = TypeVar("AnyCall", bound=NamedTuple)
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Largest error relative to the largest element: sums of a hundred products in float32, and the result's rounding."""
@@ -21,25 +24,34 @@ class KernelMismatch(RuntimeError):
 
 
 def check_once(
-    spec: KernelSpec,
+    calls: Iterable[AnyCall],
+    dtype: torch.dtype,
     source: str,
     device: str,
-    kernel: Callable[[Call], Tensor],
-    reference: Callable[[Call], Tensor],
+    kernel: Callable[[AnyCall], Tensor],
+    reference: Callable[[AnyCall], Tensor],
     cache: Path | None = None,
 ) -> None:
-    """Raise KernelMismatch unless `kernel` agrees with `reference`; what held is remembered by source and device."""
+    """Raise KernelMismatch unless `kernel` gives what `reference` gives for all calls.
+
+    What held is remembered by source and device.
+    """
     model = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
     held = (cache or folder("checked")) / digest(f"{source}\n{torch.__version__}\n{device}\n{model}")
     if held.exists():
         return
-    for call in small_calls(spec, device):
+    for call in calls:
         expected, actual = reference(call).double(), kernel(call).double()
         error = ((expected - actual).abs().max() / expected.abs().max().clamp(min=1e-3)).item()
-        if not error <= TOLERANCE[spec.dtype]:
-            shape = f"queries {tuple(call.query.shape)}, keys {tuple(call.key.shape)}"
-            raise KernelMismatch(f"relative error {error:.1e} beside its reference body ({shape})")
+        if not error <= TOLERANCE[dtype]:
+            raise KernelMismatch(f"relative error {error:.1e} beside its reference body ({_shapes(call)})")
     held.touch()
+
+
+def _shapes(call: NamedTuple) -> str:
+    """query (2, 4, 1, 64), key (2, 2, 211, 64), ..."""
+    named = call._asdict().items()
+    return ", ".join(f"{name} {tuple(value.shape)}" for name, value in named if isinstance(value, Tensor))
 
 
 def small_calls(spec: KernelSpec, device: str) -> Iterator[Call]:

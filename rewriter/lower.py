@@ -12,7 +12,7 @@ from torch import fx
 from .compat import trace_pre_dispatch
 from .emit import LOWERED
 from .purity import enables_grad
-from .registry import LibraryCall, lowerings
+from .registry import LibraryCall, joint_lowerings, lowerings
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,9 @@ def lower(gm: fx.GraphModule, bodies: bool = False) -> tuple[Lowering, ...]:
         else:
             inline(node, form or node.target)
         done.append(Lowering(name, reason))
+    if done and not bodies:  # a graph in which nothing was rewritten stays as it is, node for node
+        for join in joint_lowerings():
+            done += [Lowering(*made) for made in join(gm.graph, gradients)]
     gm.recompile()
     return tuple(done)
 

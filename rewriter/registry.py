@@ -78,6 +78,7 @@ class LibraryCall:
 
 
 _lowerings: dict[str, Callable[..., Any]] = {}
+_joint_lowerings: list[Callable[..., Any]] = []
 _printers: dict[str, Callable[..., Any]] = {}
 _patterns: dict[str, list[Callable[..., Any]]] = {kind: [] for kind in KINDS}
 _examples: dict[Callable[..., Any], Examples] = {}
@@ -137,6 +138,20 @@ def lowering(operator: str) -> Callable[[Function], Function]:
 def lowerings() -> dict[str, Callable[..., Any]]:
     """The choosers by operator, such as "latent::attention"."""
     return dict(_lowerings)
+
+
+def joint_lowering(function: Function) -> Function:
+    """Register what finds forms for several nodes together, once all `latent::` operators have theirs.
+
+    (graph, whether gradients are needed) -> (operator, the reason) of each form that it has put in.
+    """
+    _joint_lowerings.append(function)
+    return function
+
+
+def joint_lowerings() -> tuple[Callable[..., Any], ...]:
+    """In the order of their registration."""
+    return tuple(_joint_lowerings)
 
 
 def source_printer(operator: str) -> Callable[[Function], Function]:

@@ -19,7 +19,7 @@ from latent.kernels import cpp_library, generated, latent_attention
 from latent.kernels.cpp_library import build, compiler, isa, kernel, library
 from latent.kernels.cpp_source import ISAS, Isa, source
 from latent.kernels.generated import kernel_for, reference
-from latent.kernels.self_check import KernelMismatch, check_once, random_call
+from latent.kernels.self_check import KernelMismatch, check_once, random_call, small_calls
 from latent.kernels.spec import Call, KernelSpec, spec_of
 from torch import Tensor
 
@@ -277,7 +277,7 @@ def test_a_wrong_kernel_is_replaced_with_one_warning(
     assert wrong != text
     run = kernel(PLAIN, library(wrong, isa().flags))
     with pytest.raises(KernelMismatch, match="relative error"):
-        check_once(PLAIN, wrong, "cpu", run, reference, tmp_path)
+        check_once(small_calls(PLAIN, "cpu"), PLAIN.dtype, wrong, "cpu", run, reference, tmp_path)
     monkeypatch.setattr(generated, "_build", lambda *_: (wrong, run))
     _falls_back_with_one_warning("relative error", caplog)
 

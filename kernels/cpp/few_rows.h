@@ -3,7 +3,6 @@
 // The cache is read once, as it is stored: with one to LANES / 2 rows there is nothing to share a widened copy with.
 // Pairs of bfloat16 are multiplied as pairs by the queries; as values they become a vector of even and one of odd ones.
 
-constexpr int UNIT = LANES * STEP;  // elements of a vector of operands
 constexpr int operands(int width) { return (width + STEP - 1) / STEP; }
 constexpr int SECOND_PART = (operands(WIDTH) + LANES - 1) / LANES * LANES;
 constexpr int QUERY_STRIDE = SECOND_PART + (operands(ROPE) + LANES - 1) / LANES * LANES;
@@ -15,38 +14,6 @@ struct Few {
   alignas(64) float out[FEW][FEW_COLUMNS];  // in the order of `column`
   float top[FEW], total[FEW], keep[FEW];
 };
-
-using Loaded = std::conditional_t<BF16_DOT, Words, Floats>;
-
-// A vector of operands, as they lie in memory or widened to floats.
-INLINE Loaded loaded(const Element* p) {
-  if constexpr (BF16_DOT) return (Loaded)*(const PairsInMemory*)p;
-  else return (Loaded)load(p);
-}
-INLINE Loaded loaded(const Element* p, int count) {  // of them the first elements, then zeros
-  Element whole[UNIT] = {};
-  std::memcpy(whole, p, count * sizeof(Element));
-  return loaded(whole);
-}
-
-// One step of a transposing sum: lane L gets x[L] + x[L + HALF] where bit HALF of L is clear, else y[L - HALF] + y[L].
-template <int HALF, int... L>
-INLINE Floats fold(Floats x, Floats y, std::integer_sequence<int, L...>) {
-  const Ints stay = {(L & HALF ? LANES + L : L)...}, move = {(L & HALF ? LANES + L - HALF : L + HALF)...};
-  return __builtin_shuffle(x, y, stay) + __builtin_shuffle(x, y, move);
-}
-
-// Lane i of the result is the sum over the lanes of x[i].
-template <int HALF = 1>
-INLINE Floats sums_of(Floats* x) {
-  if constexpr (HALF == LANES) return x[0];
-  else {
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES / HALF / 2; i++)
-      x[i] = fold<HALF>(x[2 * i], x[2 * i + 1], std::make_integer_sequence<int, LANES>{});
-    return sums_of<2 * HALF>(x);
-  }
-}
 
 // sums[r · ALL + n] += q[r] · k[n], lane by lane. A stride that is a constant leaves one address to count with.
 template <int ROWS, int TOKENS, int ALL, int PART, class Stride>
@@ -89,8 +56,8 @@ INLINE void score(const Arguments& a, const Tile& t, Few& w, int64_t first, int 
 }
 
 // out[r][e] = out[r][e] · keep[r] + sum over n of weight[r][n] v[n][e] for UNITS vectors of operands from e on.
-template <int ROWS, int UNITS, class Stride, class Load>
-INLINE void add_values(Few& w, const Element* v, Stride stride, int count, int e, Load values_at) {
+template <int ROWS, int UNITS, class Stride, class Load, class Ahead>
+INLINE void add_values(Few& w, const Element* v, Stride stride, int count, int e, Load values_at, Ahead ahead) {
   Floats sums[ROWS][UNITS * STEP];
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; r++)
@@ -98,6 +65,7 @@ INLINE void add_values(Few& w, const Element* v, Stride stride, int count, int e
     for (int i = 0; i < UNITS * STEP; i++) sums[r][i] = load(w.out[r] + e + i * LANES) * w.keep[r];
 #pragma GCC unroll 1
   for (int n = 0; n < count; n++) {
+    ahead(n);
 #pragma GCC unroll 16
     for (int i = 0; i < UNITS; i++) {
       const Loaded value = values_at(v + n * stride + e + i * UNIT);
@@ -188,7 +156,7 @@ static void attend_rows(const Arguments& a, const Tile& t, int64_t low, int64_t 
     for (int n = 0; n < count; n += TOKENS) {
       for (int i = 0; i < TOKENS; i++) {
         if constexpr (!VALUES_ARE_KEYS) prefetch(value_row(a, t, first + n + i), VALUE_WIDTH);
-        if (first + n + i + PREFETCH < high) prefetch(key_row(a, t, first + n + i + PREFETCH), WIDTH);
+        if (first == low && first + n + i + PREFETCH < high) prefetch(key_row(a, t, first + n + i + PREFETCH), WIDTH);
       }
       if (n + TOKENS <= count) score<ROWS, TOKENS>(a, t, w, first, n, key_stride);
       else if (count > TOKENS) score<ROWS, TOKENS>(a, t, w, first, count - TOKENS, key_stride);  // some of them again
@@ -196,16 +164,24 @@ static void attend_rows(const Arguments& a, const Tile& t, int64_t low, int64_t 
     }
     for (int r = 0; r < ROWS; r++) weigh_row(a, w, r, count, sight == Sight::SOME);
     const Element* values = value_row(a, t, first);
+    // The keys of the next block come while these values are added: memory is never idle.
+    const Element* next = key_row(a, t, first + count);
+    const int64_t coming = std::min<int64_t>(FEW_BLOCK, high - first - count);
     const auto whole = [](const Element* p) { return loaded(p); };
     int e = 0;
+    const auto ahead = [&](int n) __attribute__((always_inline)) {
+      const int part = std::min(UNITS * UNIT, WIDTH - e);
+      if (n < coming && part > 0) prefetch(next + n * key_stride + e, part);
+    };
     for (; e + UNITS * UNIT <= VALUE_WIDTH; e += UNITS * UNIT)
-      add_values<ROWS, UNITS>(w, values, value_stride, count, e, whole);
+      add_values<ROWS, UNITS>(w, values, value_stride, count, e, whole, ahead);
+    const auto none = [](int) {};
     if constexpr (UNITS > 1)
-      for (; e + UNIT <= VALUE_WIDTH; e += UNIT) add_values<ROWS, 1>(w, values, value_stride, count, e, whole);
+      for (; e + UNIT <= VALUE_WIDTH; e += UNIT) add_values<ROWS, 1>(w, values, value_stride, count, e, whole, none);
     if constexpr (VALUE_WIDTH % UNIT > 0)
       add_values<ROWS, 1>(w, values, value_stride, count, e, [](const Element* p) {
         return loaded(p, VALUE_WIDTH % UNIT);
-      });
+      }, none);
   }
   for (int r = 0; r < ROWS; r++) {
     result.top[r] = w.top[r], result.total[r] = w.total[r];

@@ -121,3 +121,38 @@ INLINE Floats tanh_of(Floats x) {
   const Floats less_one = s.power * power_less_one(s.fraction) + (s.power - 1.f);
   return less_one / (less_one + 2.f);
 }
+
+// ---- Vectors of operands: floats, or pairs of bfloat16 as they lie in memory ----
+
+constexpr int UNIT = LANES * STEP;  // elements of a vector of operands
+using Loaded = std::conditional_t<BF16_DOT, Words, Floats>;
+
+// A vector of operands, as they lie in memory or widened to floats.
+INLINE Loaded loaded(const Element* p) {
+  if constexpr (BF16_DOT) return (Loaded)*(const PairsInMemory*)p;
+  else return (Loaded)load(p);
+}
+INLINE Loaded loaded(const Element* p, int count) {  // of them the first elements, then zeros
+  Element whole[UNIT] = {};
+  std::memcpy(whole, p, count * sizeof(Element));
+  return loaded(whole);
+}
+
+// One step of a transposing sum: lane L gets x[L] + x[L + HALF] where bit HALF of L is clear, else y[L - HALF] + y[L].
+template <int HALF, int... L>
+INLINE Floats fold(Floats x, Floats y, std::integer_sequence<int, L...>) {
+  const Ints stay = {(L & HALF ? LANES + L : L)...}, move = {(L & HALF ? LANES + L - HALF : L + HALF)...};
+  return __builtin_shuffle(x, y, stay) + __builtin_shuffle(x, y, move);
+}
+
+// Lane i of the result is the sum over the lanes of x[i].
+template <int HALF = 1>
+INLINE Floats sums_of(Floats* x) {
+  if constexpr (HALF == LANES) return x[0];
+  else {
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES / HALF / 2; i++)
+      x[i] = fold<HALF>(x[2 * i], x[2 * i + 1], std::make_integer_sequence<int, LANES>{});
+    return sums_of<2 * HALF>(x);
+  }
+}

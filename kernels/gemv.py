@@ -1,0 +1,230 @@
+"""latent::gemv: a few rows times matrices that are large, at the speed at which the matrices can be read.
+
+    out_i = rows W_iᵀ + b_i
+
+A step of decoding multiplies one row by every weight of the model. Libraries are made for many rows: in bfloat16 they
+first bring each matrix into another order, which takes longer than reading it. Products of the same rows are one call.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from ..rewriter.emit import LOWERED
+from ..rewriter.kernel_sources import KernelSource
+from ..rewriter.mutations import Mutations
+from ..rewriter.nodes import args_of
+from ..rewriter.registry import joint_lowering, source_printer
+from ..rewriter.sizes import fake_mode_of_value
+from .cpp_library import isa
+from .gemv_library import MOST_ROWS, GemvSpec, Products, build, source
+from .generated import DTYPES, unavailable
+from .self_check import check_once
+
+__all__ = ["Product", "gemv", "join_products", "product_of", "reference", "suits"]
+
+log = logging.getLogger(__name__)
+aten = torch.ops.aten
+
+WORTH = 128 << 10
+"""Bytes of matrices from which on a call takes as long as reading them."""
+
+torch.library.define("latent::gemv", "(Tensor rows, Tensor[] weights, Tensor?[] biases) -> Tensor[]")
+
+
+def gemv(rows: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
+    """rows [..., K] times weights [N, K] each, or rows [H, M, K] times one weight [H, N, K]: [..., N] each.
+
+    Weights that are contiguous in K or in N are read as they lie.
+    """
+    by_columns = [_by_columns(weight) for weight in weights]
+    if by_columns.count(by_columns[0]) == len(weights):
+        return kernel_for(_spec(rows, weights[0]))(Products(rows, weights, biases))
+    return [kernel_for(_spec(rows, w))(Products(rows, [w], [b]))[0] for w, b in zip(weights, biases, strict=True)]
+
+
+def _shapes(rows: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
+    return [rows.new_empty((*rows.shape[:-1], weight.shape[-2])) for weight in weights]
+
+
+torch.library.impl("latent::gemv", "CPU", gemv)
+torch.library.register_fake("latent::gemv", _shapes)
+
+
+def _by_columns(weight: Tensor) -> bool:
+    return weight.stride(-1) != 1 and weight.stride(-2) == 1
+
+
+def _height(rows: Tensor, weight: Tensor) -> int:
+    """Rows that each matrix is multiplied by."""
+    return math.prod(rows.shape[1 if weight.dim() == 3 else 0 : -1])
+
+
+def _spec(rows: Tensor, weight: Tensor) -> GemvSpec:
+    return GemvSpec(rows.dtype, _height(rows, weight), _by_columns(weight))
+
+
+def reference(products: Products) -> list[Tensor]:
+    """The definition in plain ATen. Sums are float32."""
+    rows, made = products.rows.float(), []
+    for weight, bias in zip(products.weights, products.biases, strict=True):
+        out = rows @ weight.float().mT
+        made.append((out if bias is None else out + bias.float()).to(products.rows.dtype))
+    return made
+
+
+@functools.cache
+def kernel_for(spec: GemvSpec) -> Callable[[Products], list[Tensor]]:
+    """What computes a specification: a kernel that was checked, or the definition, with one warning."""
+    try:
+        text, kernel = build(spec)
+        check_once(small_products(spec), spec.dtype, text, "cpu", _in_one(kernel), _in_one(reference))
+    except Exception as error:
+        log.warning("latent: no generated kernel for %s, plain operators run: %s", spec.name, error)
+        return reference
+    return kernel
+
+
+def _in_one(run: Callable[[Products], list[Tensor]]) -> Callable[[Products], Tensor]:
+    """All results as one tensor."""
+    return lambda products: torch.cat([out.flatten() for out in run(products)])
+
+
+def small_products(spec: GemvSpec) -> Iterator[Products]:
+    """Two matrices and a bias, and a matrix for each head, in sizes that are no multiple of a vector or a group."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(spec.dtype)
+
+    def weight(*shape: int) -> Tensor:
+        *heads, N, K = shape
+        return tensor(*heads, K, N).mT if spec.by_columns else tensor(*shape)
+
+    yield Products(tensor(spec.rows, 77), [weight(301, 77), weight(19, 77)], [tensor(301), None])
+    yield Products(tensor(3, spec.rows, 40), [weight(3, 130, 40)], [None])
+
+
+@source_printer("latent::gemv")
+def _printed(node: fx.Node) -> list[KernelSource]:
+    rows, weights, _ = fx.node.map_arg(args_of(node), lambda n: n.meta["val"])
+    specs = dict.fromkeys(_spec(rows, weight) for weight in weights)
+    return [KernelSource(spec.name, ".cpp", source(spec, isa())) for spec in specs]
+
+
+# ** Where it goes **
+
+
+def suits(rows: Tensor, weights: list[Tensor]) -> bool:
+    """Whether the kernel takes these arguments, and reading the matrices is what their products take."""
+    height = _height(rows, weights[0])
+    if rows.dtype not in DTYPES or not isinstance(height, int) or not 0 < height <= MOST_ROWS:
+        return False
+    if any(weight.dtype != rows.dtype or not all(isinstance(n, int) for n in weight.shape) for weight in weights):
+        return False
+    if rows.dtype == torch.float32 and weights[0].dim() == 2 and any(_by_columns(weight) for weight in weights):
+        return False  # libraries read these as fast
+    if sum(weight.numel() for weight in weights) * rows.dtype.itemsize < WORTH:
+        return False
+    return rows.device.type == "cpu" and not unavailable("cpu")
+
+
+class Product(NamedTuple):
+    """A node that multiplies rows by a weight [N, K]: rows weightᵀ + bias. `flipped`: the weight is [K, N]."""
+
+    node: fx.Node
+    rows: fx.Node
+    weight: fx.Node
+    flipped: bool
+    bias: fx.Node | None
+
+    @property
+    def operands(self) -> tuple[fx.Node, ...]:
+        return (self.rows, self.weight) if self.bias is None else (self.rows, self.weight, self.bias)
+
+
+def product_of(node: fx.Node) -> Product | None:
+    """The product that a node is: linear, or mm, matmul and addmm by a matrix."""
+    if node.target is aten.linear.default:
+        rows, weight, bias = (*args_of(node), None)[:3]
+        found = Product(node, rows, weight, False, bias)
+    elif node.target in (aten.mm.default, aten.matmul.default):
+        rows, weight = args_of(node)
+        found = Product(node, rows, *_unflipped(weight), None)
+    elif node.target is aten.addmm.default and not node.kwargs:
+        bias, rows, weight = args_of(node)
+        found = Product(node, rows, *_unflipped(weight), bias)
+    else:
+        return None
+    result = node.meta["val"]
+    values = [operand.meta["val"] for operand in found.operands]
+    if any(value.dtype != result.dtype or value.device != result.device for value in values):
+        return None
+    matrices = values[0].dim() >= 2 and values[1].dim() == 2
+    return found if matrices and all(bias.shape == result.shape[-1:] for bias in values[2:]) else None
+
+
+def _unflipped(weight: fx.Node) -> tuple[fx.Node, bool]:
+    """A weight [K, N], or the weight [N, K] that it is the transpose of; whether it is the former."""
+    if weight.target in (aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default):
+        value, turned = weight.meta["val"], args_of(weight)[0].meta["val"].mT
+        if (value.shape, value.stride()) == (turned.shape, turned.stride()):  # not the identity of a square
+            return args_of(weight)[0], False
+    return weight, True
+
+
+@joint_lowering
+def join_products(graph: fx.Graph, gradients: bool) -> Iterator[tuple[str, str]]:
+    """Products of the same few rows become one call, where no gradients are needed."""
+    if gradients:
+        return
+    by_rows: dict[fx.Node, list[Product]] = {}
+    for node in graph.nodes:
+        if node.op == "call_function" and (found := product_of(node)) is not None:
+            by_rows.setdefault(found.rows, []).append(found)
+    mutations = Mutations.of(graph)
+    for rows, products in by_rows.items():
+        while products:
+            first = products[0].node
+            joined = [p for p in products if all(_same_before(n, first, p.node, mutations) for n in p.operands)]
+            products = [p for p in products if p not in joined]
+            weights = [p.weight.meta["val"] for p in joined]
+            if suits(rows.meta["val"], [w.mT if p.flipped else w for p, w in zip(joined, weights, strict=True)]):
+                _join(joined)
+                together = f", {len(joined)} products of the same rows in one call" if len(joined) > 1 else ""
+                yield "aten::linear", f"generated kernel: weights are read as they lie{together}"
+
+
+def _same_before(operand: fx.Node, first: fx.Node, node: fx.Node, mutations: Mutations) -> bool:
+    """Whether an operand of `node` exists at `first` already, and is not written to between them."""
+    return operand < first and mutations.write_between(operand, first, node) is None
+
+
+def _join(products: list[Product]) -> None:
+    """Put one call before the first product, and its results in place of all."""
+    first = products[0].node
+    graph = first.graph
+
+    def call(target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+        made = graph.call_function(target, args)
+        given = fx.node.map_arg(args, lambda n: n.meta["val"])
+        with fake_mode_of_value(given):
+            made.meta = {**like.meta, LOWERED: like.name, "val": target(*given)}
+        return made
+
+    with graph.inserting_before(first):
+        weights = [call(aten.t.default, (p.weight,), p.node) if p.flipped else p.weight for p in products]
+        given = (products[0].rows, weights, [p.bias for p in products])
+        results = call(torch.ops.latent.gemv.default, given, first)
+        made = [call(operator.getitem, (results, i), p.node) for i, p in enumerate(products)]
+    for product, result in zip(products, made, strict=True):
+        product.node.replace_all_uses_with(result)
+        graph.erase_node(product.node)
