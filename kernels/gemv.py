@@ -130,8 +130,6 @@ def suits(rows: Tensor, weights: list[Tensor]) -> bool:
         return False
     if any(weight.dtype != rows.dtype or not all(isinstance(n, int) for n in weight.shape) for weight in weights):
         return False
-    if rows.dtype == torch.float32 and weights[0].dim() == 2 and any(_by_columns(weight) for weight in weights):
-        return False  # libraries read these as fast
     if sum(weight.numel() for weight in weights) * rows.dtype.itemsize < WORTH:
         return False
     return rows.device.type == "cpu" and not unavailable("cpu")
@@ -168,8 +166,10 @@ def product_of(node: fx.Node) -> Product | None:
     values = [operand.meta["val"] for operand in found.operands]
     if any(value.dtype != result.dtype or value.device != result.device for value in values):
         return None
-    matrices = values[0].dim() >= 2 and values[1].dim() == 2
-    return found if matrices and all(bias.shape == result.shape[-1:] for bias in values[2:]) else None
+    if values[0].dim() < 2 or values[1].dim() != 2 or any(bias.shape != result.shape[-1:] for bias in values[2:]):
+        return None
+    by_columns = _by_columns(values[1].mT if found.flipped else values[1])
+    return None if by_columns and result.dtype == torch.float32 else found  # libraries read these as fast
 
 
 def _unflipped(weight: fx.Node) -> tuple[fx.Node, bool]:

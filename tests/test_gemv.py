@@ -161,7 +161,7 @@ def identities(x: Tensor, a: Tensor) -> tuple[Tensor, ...]:
 def test_a_transposed_square_is_told_from_one_that_is_not() -> None:
     args = torch.randn(1, 192), torch.randn(192, 192)
     gm, _ = lowered(identities, *args)
-    assert calls(gm) >= 1
+    assert calls(gm) == 1, "the two that are transposed"
     for ours, expected in zip(gm(*args), identities(*args), strict=True):
         torch.testing.assert_close(ours, expected)
 
@@ -224,7 +224,7 @@ def add_scaled(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         (lambda x, a: F.linear(x, a), (ROW.double(), W[0].double()), False),
         (lambda x, a: F.linear(x, a), (ROW, W[0]), True),
         (lambda x, a: torch.bmm(x, a.expand(1, -1, -1).mT), (ROW, W[0]), False),
-        (torch.mm, (ROW[0], W[0].t().contiguous()), False),
+        (lambda x, a: torch.mm(x, a), (ROW[0], W[0].t().contiguous()), False),
         (add_scaled, (ROW, *W[:2]), False),
     ],
     ids=["five rows", "a small matrix", "float64", "gradients", "bmm", "float32 by columns", "beta"],
