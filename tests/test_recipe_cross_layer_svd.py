@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -132,6 +133,54 @@ def test_the_original_is_left_alone() -> None:
     decode(made, latent.LatentCache(made), ids(), PROMPT)
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# ** in several calls **
+
+
+def in_calls(made: Any, cache: Any, *ends: int) -> None:
+    """The text up to the last of `ends`, a call for each."""
+    for start, end in itertools.pairwise((0, *ends)):
+        step(made, cache, ids()[:, :end], end - start)
+
+
+@pytest.mark.parametrize("max_length", [None, 40])
+def test_a_prompt_in_several_calls_becomes_as_small_as_one_in_one(max_length: int | None) -> None:
+    made = converted(tiny(), xkv())
+    caches = [latent.LatentCache(made, max_length) for _ in range(2)]
+    in_calls(made, caches[0], PROMPT)
+    in_calls(made, caches[1], 6, 13, PROMPT)
+    assert caches[1].nbytes > caches[0].nbytes
+    caches[1].compress()
+    assert caches[1].nbytes == caches[0].nbytes and caches[1].get_seq_length() == PROMPT
+    before = [t.clone() for layer in caches[1].layers for t in layer.tensors()]
+    caches[1].compress()
+    assert all(map(torch.equal, before, (t for layer in caches[1].layers for t in layer.tensors())))
+
+
+@pytest.mark.parametrize("max_length", [None, 40])
+@pytest.mark.parametrize("least", [0, 15])
+def test_compressing_again_loses_nothing_at_full_rank(max_length: int | None, least: int) -> None:
+    model = tiny()
+    made = converted(model, full(least=least))
+    cache = latent.LatentCache(made, max_length)
+    in_calls(made, cache, 6, 13, PROMPT)
+    cache.compress()
+    cache.reorder_cache(torch.tensor([1, 1]))
+    found = step(made, cache, ids()[1:].expand(2, -1), LENGTH - PROMPT)
+    assert_close(found, forward(model, ids())[1:, PROMPT:].expand(2, -1, -1))
+
+
+def test_a_first_call_that_was_too_short_is_compressed_with_the_second_as_if_they_were_one() -> None:
+    made = converted(tiny(), xkv(least=15))
+    caches = [latent.LatentCache(made) for _ in range(2)]
+    in_calls(made, caches[0], PROMPT)
+    in_calls(made, caches[1], 6, PROMPT)
+    caches[1].compress()
+    for layer, which in itertools.product(range(4), range(2)):
+        rows = prompt_rows(tiny(), made, which)[layer]
+        errors = [float((rebuilt(cache, layer, which) - rows).pow(2).sum()) for cache in caches]
+        assert errors[1] == pytest.approx(errors[0], rel=1e-6)
 
 
 # ** the best of its rank **

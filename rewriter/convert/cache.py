@@ -164,6 +164,16 @@ class LatentCache(Cache):
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         return sum(storages.values())
 
+    def compress(self) -> None:
+        """Compress all tokens so far, where a first call alone was: a prompt in several calls, a conversation's turns.
+
+        Nothing happens in layers that compress every token as it comes. Not for compiled code, which is compiled again
+        for the lengths that result.
+        """
+        for layer in self.layers:
+            if hasattr(layer, "compress"):
+                layer.compress()
+
     def reset(self) -> None:
         super().reset()  # type: ignore[no-untyped-call]
         for held in self._turns.values():

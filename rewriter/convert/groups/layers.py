@@ -4,7 +4,8 @@
 
 for the keys before rope, and for the values, which can be weighed: x_l R_lᵀ stands in place of x_l then, and B_l R_l⁻ᵀ
 in place of B_l. The first layer of a group holds A of both. Formed of the prompt
-(`PromptLayer`), B is the prompt's own, and tokens that come later are kept as they are. Formed of other text
+(`PromptLayer`), B is the prompt's own, and tokens that come later are kept as they are, or are compressed with it when
+that is asked for. Formed of other text
 (`CalibratedLayer`), B is the model's, and every token goes into A once the group's last layer has seen it. The tokens
 of a call attend to each other exactly.
 """
@@ -154,7 +155,7 @@ class CalibratedLayer(FactorLayer):
 
 
 class PromptLayer(FactorLayer):
-    """The tokens of the first call as rows of A, those of later calls as they are.
+    """The tokens of the first call as rows of A, those of later calls as they are until `compress`.
 
     A first call of fewer than `least` tokens is kept as it is: B would take more room than is saved.
     `ranks` are those of the group, `roots` are R of this layer's values, [N, w, w].
@@ -220,6 +221,27 @@ class PromptLayer(FactorLayer):
         if tokens is not None:
             self.tokens = GrowingLayer()  # type: ignore[no-untyped-call]
             self.tokens.update(*(x.unsqueeze(1) for x in tokens))
+
+    def compress(self) -> None:
+        """What later calls left as it is goes into the factor too, formed anew of all tokens; with the last layer."""
+        length = int(self.get_seq_length())
+        if not self.is_last or length == self._compressed() or not self.leader._worth(length):
+            return
+        rows = [layer.rows() for layer in self.group]
+        for layer, pair in zip(self.group, rows, strict=True):
+            layer.waiting, layer.tokens, layer.tail = pair, None, layer.make()
+        _factor(self.group, None)
+
+    def rows(self) -> Pair:
+        """Keys and values of all tokens: formed of the factor, then those that were kept as they are."""
+        count = int(self.tail.get_seq_length())
+        kept = self.tail.keys[..., :count, :], self.tail.values[..., :count, :]
+        if self.bases is None:
+            return kept
+        tokens = self.leader.tokens
+        past = zip((tokens.keys, tokens.values), self.bases, kept, strict=True)
+        first, second = (Factored(token.squeeze(1), basis, exact).rows() for token, basis, exact in past)
+        return first, second
 
     def own(self) -> list[Any]:
         return [self.tail, *super().own()]
