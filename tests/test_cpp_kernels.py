@@ -38,10 +38,14 @@ LATENT = KernelSpec(torch.float32, 37, 11, None, "bool")
 PLAIN = KernelSpec(torch.float32, 64, 0, 64)
 BF16 = KernelSpec(torch.bfloat16, 40, 8, None, "bool")
 BF16_VALUES = KernelSpec(torch.bfloat16, 32, 0, 21, "additive", torch.bfloat16)
+WHOLE = KernelSpec(torch.float32, 64, 32)
+"""Whole register tiles: float32 latents are read where they lie."""
+
+WHOLE_BF16 = KernelSpec(torch.bfloat16, 64, 32, None, "bool")
 FP16 = KernelSpec(torch.float16, 19, 0, 24, "additive", torch.float16, sinks=True)
 
 BUILDS = [
-    *((spec, isa()) for spec in (FLOAT, LATENT, PLAIN, BF16, FP16)),
+    *((spec, isa()) for spec in (FLOAT, LATENT, PLAIN, WHOLE, BF16, WHOLE_BF16, FP16)),
     *((spec, BY_NAME["portable"]) for spec in (FLOAT, FP16)),
     *((spec, EMULATED) for spec in (BF16, BF16_VALUES)),
 ]
@@ -157,14 +161,18 @@ def test_numbers_do_not_depend_on_threads(heads: int, queries: int) -> None:
     assert all(torch.allclose(results[0], other, atol=1e-6) for other in results[1:])
 
 
-def test_nothing_is_read_past_the_keys() -> None:
-    for heads in (2, 16):
-        call = random_call(PLAIN, "cpu", heads=heads, key_heads=1, queries=1, tokens=131)
-        cache = {name: torch.full((2, 1, 140, 64), float("nan")) for name in ("key", "value")}
-        for name, whole in cache.items():
-            whole[:, :, :131] = getattr(call, name)
-        in_cache = call._replace(**{name: whole[:, :, :131] for name, whole in cache.items()})
-        assert torch.equal(built(PLAIN, isa())(in_cache), built(PLAIN, isa())(call))
+@pytest.mark.parametrize("spec", [PLAIN, WHOLE, WHOLE_BF16], ids=lambda spec: spec.name)
+def test_nothing_is_read_past_the_keys(spec: KernelSpec) -> None:
+    for heads, tokens in itertools.product((2, 16, 30), (131, 128, 144)):
+        call = random_call(spec, "cpu", heads=heads, key_heads=1, queries=1, tokens=tokens)
+        cache = {}
+        for name in ("key", "key_rope", "value"):
+            if (part := getattr(call, name)) is not None:
+                whole = torch.full((2, 1, 150, part.shape[-1]), float("nan"), dtype=part.dtype)
+                whole[:, :, :tokens] = part
+                cache[name] = whole[:, :, :tokens]
+        expected = built(spec, isa())(call)
+        assert expected.isfinite().all() and torch.equal(built(spec, isa())(call._replace(**cache)), expected)
 
 
 def test_hidden_blocks_are_not_read() -> None:

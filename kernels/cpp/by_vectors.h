@@ -34,28 +34,63 @@ INLINE void add_products(const Operand* a, const Operand (*b)[GROUP], int steps,
     for (int v = 0; v < VECTORS; v++) store(c[i] + v * LANES, start(i, v) + sums[i][v]);
 }
 
+// Floats are operands as they lie in the cache, where tokens lie side by side and columns fill whole register tiles.
+constexpr bool FLOATS = std::is_same_v<Element, float> && BLOCK % I_OF_ONE == 0 && VALUE_WIDTH % I_OF_ONE == 0;
+INLINE bool reads_cache(const Arguments& a, int vectors) {
+  return FLOATS && vectors == 1 && a.key_t == WIDTH && (ROPE == 0 || a.key_rope_t == ROPE) &&
+         (VALUES_ARE_KEYS || a.value_t == VALUE_WIDTH);
+}
+
 template <int VECTORS>
 static void attend_group(const Arguments& a, const Tile& t, Rows& w, int group, int64_t first, int count, int64_t end,
-                         bool biased) {
+                         bool biased, bool packed) {
   constexpr int I = VECTORS == 1 ? I_OF_ONE : I_OF_TWO;
   constexpr int CALLS = BLOCK / I * (KEY_STEPS / STRETCH) + COLUMNS / I * ((VALUE_STEPS + STRETCH - 1) / STRETCH);
   Ahead ahead{a, t, group == 0 ? first + BLOCK : end, std::min(end, first + 2 * BLOCK)};
   const auto fetch = [&]() __attribute__((always_inline)) { ahead.fetch(BLOCK * Ahead::LINES / (CALLS + 1) + 1); };
-  for (int k = 0; k < KEY_STEPS; k += STEPS_IN_L1)
-    for (int n = 0; n < count; n += I) {
-      const auto start = [&](int i, int v) { return k ? load(w.scores[n + i] + v * LANES) : Floats{}; };
-      add_products<I, VECTORS, KEY_STRIDE, 1>(w.keys + n * KEY_STRIDE + k, w.queries[group] + k,
-                                              std::min(STEPS_IN_L1, KEY_STEPS - k), w.scores + n, start, fetch);
+  const auto score = [&](auto stride, const Operand* keys, int from, int to) __attribute__((always_inline)) {
+    for (int k = from; k < to; k += STEPS_IN_L1)
+      for (int n = 0; n < count; n += I) {
+        const auto start = [&](int i, int v) { return k ? load(w.scores[n + i] + v * LANES) : Floats{}; };
+        add_products<I, VECTORS, stride(), 1>(keys + n * stride() + k - from, w.queries[group] + k,
+                                              std::min(STEPS_IN_L1, to - k), w.scores + n, start, fetch);
+      }
+  };
+  const auto add_values = [&](auto stride, const Operand* values) __attribute__((always_inline)) {
+    for (int e = 0; e < COLUMNS; e += I) {
+      float(*out)[GROUP] = (float(*)[GROUP])w.out[group] + e;
+      const auto start = [&](int i, int v) { return load(out[i] + v * LANES) * load(w.keep + v * LANES); };
+      add_products<I, VECTORS, 1, stride()>(values + e, w.weights, (count + STEP - 1) / STEP, out, start, fetch);
     }
-  weigh<VECTORS>(a, w, group, count, biased);
-  const Operand* values = VALUES_ARE_KEYS && !BF16_DOT ? w.keys : w.values;
-  for (int e = 0; e < COLUMNS; e += I) {
-    float(*out)[GROUP] = (float(*)[GROUP])w.out[group] + e;
-    const auto start = [&](int i, int v) { return load(out[i] + v * LANES) * load(w.keep + v * LANES); };
-    add_products<I, VECTORS, 1, VALUE_STRIDE>(values + e, w.weights, (count + STEP - 1) / STEP, out, start, fetch);
+  };
+  constexpr std::integral_constant<int, KEY_STRIDE> packed_key;
+  constexpr std::integral_constant<int, VALUE_STRIDE> packed_value;
+  constexpr std::integral_constant<int, WIDTH> key;
+  constexpr std::integral_constant<int, ROPE> rope;
+  constexpr std::integral_constant<int, VALUE_WIDTH> value;
+  if constexpr (FLOATS && VECTORS == 1) {
+    if (!packed) {
+      score(key, key_row(a, t, first), 0, WIDTH);
+      if constexpr (ROPE > 0) score(rope, key_rope_row(a, t, first), WIDTH, WIDTH + ROPE);
+      weigh<VECTORS>(a, w, group, count, biased);
+      add_values(value, value_row(a, t, first));
+      return;
+    }
   }
+  score(packed_key, w.keys, 0, KEY_STEPS);
+  weigh<VECTORS>(a, w, group, count, biased);
+  add_values(packed_value, VALUES_ARE_KEYS && !BF16_DOT ? w.keys : w.values);
 }
 
-INLINE float out_at(const Rows& w, int row, int e) { return w.out[row / GROUP][column(e) * GROUP + row % GROUP]; }
+INLINE void write_sums(const Rows& w, int rows, float* sum) {
+  for (int r = 0; r < rows; r += LANES)
+    for (int e = 0; e < VALUE_WIDTH; e += LANES) {
+      Floats square[LANES];
+      for (int i = 0; i < LANES; i++)
+        square[i] = e + i < VALUE_WIDTH ? load(w.out[r / GROUP] + column(e + i) * GROUP + r % GROUP) : Floats{};
+      transpose(square);
+      for (int i = 0; i < std::min(LANES, rows - r); i++) store(sum + (r + i) * OUT_STRIDE + e, square[i]);
+    }
+}
 INLINE void begin_products() {}
 INLINE void end_products() {}

@@ -1,7 +1,8 @@
 // ---- Many rows: lanes are rows ----
 //
-// Queries are transposed once per tile, keys and values are packed once per block. Scores are S[n][row], so that the
-// softmax needs no sum over lanes. The products are made by vectors or by tiles, in the part after this.
+// Queries are transposed once per tile, keys and values are packed once per block, unless few enough rows share them to
+// read them where they are. Scores are S[n][row], so that the softmax needs no sum over lanes. The products are made by
+// vectors or by tiles, in the part after this.
 
 constexpr int GROUP = 2 * LANES;  // rows that go through the products together
 
@@ -60,16 +61,29 @@ static void pack(const Arguments& a, const Tile& t, int64_t first, int count, Ro
   }
 }
 
-static void transpose_queries(const Arguments& a, const Tile& t, Rows& w) {
-  for (int r = 0; r < t.rows; r++) {
-    const Element *first = query_row(a, t, r), *second = ROPE > 0 ? query_rope_row(a, t, r) : nullptr;
-    for (int k = 0; k < KEY_STEPS; k++) {
-      Operand& q = w.queries[r / GROUP][k][r % GROUP];
-      const Element* at = k < WIDTH / STEP ? first + k * STEP : second + (k - WIDTH / STEP) * STEP;
-      if constexpr (BF16_DOT) std::memcpy(&q, at, sizeof q);
-      else q = number(*at);
-    }
+// Operands k to k + LANES of a row.
+INLINE Loaded query_operands(const Arguments& a, const Tile& t, int r, int k) {
+  constexpr int FIRST = WIDTH / STEP;
+  if (k + LANES <= FIRST) return loaded(query_row(a, t, r) + k * STEP);
+  if (ROPE > 0 && k >= FIRST && k + LANES <= KEY_STEPS) return loaded(query_rope_row(a, t, r) + (k - FIRST) * STEP);
+  alignas(64) Element both[UNIT] = {};
+  for (int i = 0; i < UNIT; i++) {
+    const int d = k * STEP + i;
+    if (d < WIDTH) both[i] = query_row(a, t, r)[d];
+    else if (ROPE > 0 && d < WIDTH + ROPE) both[i] = query_rope_row(a, t, r)[d - WIDTH];
   }
+  return loaded(both);
+}
+
+static void transpose_queries(const Arguments& a, const Tile& t, Rows& w) {
+  for (int r = 0; r < t.rows; r += LANES)
+    for (int k = 0; k < KEY_STEPS; k += LANES) {
+      Loaded square[LANES];
+      for (int i = 0; i < LANES; i++) square[i] = r + i < t.rows ? query_operands(a, t, r + i, k) : Loaded{};
+      transpose(square);
+      for (int i = 0; i < std::min(LANES, KEY_STEPS - k); i++)
+        *(Loaded*)(w.queries[r / GROUP][k + i] + r % GROUP) = square[i];
+    }
 }
 
 // Two weights of a row as a pair of bfloat16.
@@ -114,11 +128,13 @@ INLINE void weigh(const Arguments& a, Rows& w, int group, int count, bool biased
   }
 }
 
-// What the next part defines: scores, weights and outputs of a block for the rows of a group, and where outputs lie.
+// What the next part defines: scores, weights and outputs of a block for the rows of a group, whether that many vectors
+// of rows read whole blocks in the cache instead of packed ones, and the outputs [row][e] with a stride of OUT_STRIDE.
 template <int VECTORS>
 static void attend_group(const Arguments& a, const Tile& t, Rows& w, int group, int64_t first, int count, int64_t end,
-                         bool biased);
-INLINE float out_at(const Rows& w, int row, int e);
+                         bool biased, bool packed);
+INLINE bool reads_cache(const Arguments& a, int vectors);
+INLINE void write_sums(const Rows& w, int rows, float* sum);
 INLINE void begin_products();
 INLINE void end_products();
 
@@ -135,13 +151,13 @@ static void attend_many(const Arguments& a, const Tile& t, int64_t low, int64_t 
     const int count = (int)std::min<int64_t>(BLOCK, high - first);
     const Sight sight = look(a, t, first, count, skip, result.skipped, w.bias[0][0], place);
     if (sight == Sight::NONE) continue;
-    pack(a, t, first, count, w);
+    const bool packed = count < BLOCK || !reads_cache(a, vectors);
+    if (packed) pack(a, t, first, count, w);
     for (int g = 0; g < groups; g++)
-      (2 * g + 1 < vectors ? attend_group<2> : attend_group<1>)(a, t, w, g, first, count, high, sight == Sight::SOME);
+      (2 * g + 1 < vectors ? attend_group<2> : attend_group<1>)(a, t, w, g, first, count, high, sight == Sight::SOME, packed);
   }
   end_products();
   std::copy_n(w.top, t.rows, result.top);
   std::copy_n(w.total, t.rows, result.total);
-  for (int r = 0; r < t.rows; r++)
-    for (int e = 0; e < VALUE_WIDTH; e++) result.sum[r * OUT_STRIDE + e] = out_at(w, r, e);
+  write_sums(w, t.rows, result.sum);
 }

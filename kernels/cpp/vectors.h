@@ -138,6 +138,23 @@ INLINE Loaded loaded(const Element* p, int count) {  // of them the first elemen
   return loaded(whole);
 }
 
+// LANES vectors as rows of a square become its columns: in step HALF, rows i and i + HALF exchange the lanes that differ.
+template <int HALF, class Vector, int... L>
+INLINE void exchange(Vector& x, Vector& y, std::integer_sequence<int, L...>) {
+  const Ints first = {(L & HALF ? LANES + L - HALF : L)...}, second = {(L & HALF ? LANES + L : L + HALF)...};
+  const Vector a = __builtin_shuffle(x, y, first), b = __builtin_shuffle(x, y, second);
+  x = a, y = b;
+}
+template <int HALF = 1, class Vector>
+INLINE void transpose(Vector* x) {
+  if constexpr (HALF < LANES) {
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++)
+      if (!(i & HALF)) exchange<HALF>(x[i], x[i + HALF], std::make_integer_sequence<int, LANES>{});
+    transpose<2 * HALF>(x);
+  }
+}
+
 // One step of a transposing sum: lane L gets x[L] + x[L + HALF] where bit HALF of L is clear, else y[L - HALF] + y[L].
 template <int HALF, int... L>
 INLINE Floats fold(Floats x, Floats y, std::integer_sequence<int, L...>) {
