@@ -27,8 +27,11 @@ FLAGS = (
 
 
 def compiler() -> str | None:
-    """The path of a C++ compiler: $CXX, c++, g++ or clang++, whichever is found first."""
-    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    """The path of a C++ compiler: $CXX, g++, c++ or clang++, whichever is found first.
+
+    clang++ comes last: it brings an OpenMP runtime of its own beside that of torch.
+    """
+    names = (os.environ.get("CXX"), "g++", "c++", "clang++")
     return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
@@ -59,7 +62,7 @@ def library(text: str, flags: tuple[str, ...]) -> Path:
     """A shared library built from a source, kept by the digest of source, flags and compiler."""
     path = compiler()
     if path is None:
-        raise RuntimeError("no C++ compiler ($CXX, c++, g++ or clang++), which generated CPU kernels are built with")
+        raise RuntimeError("no C++ compiler ($CXX, g++, c++ or clang++), which generated CPU kernels are built with")
     key = digest("\n".join((text, *FLAGS, *flags, _version(path))))
     built = store.folder("cpp") / f"{key}.so"
     if built.exists():

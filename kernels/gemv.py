@@ -29,7 +29,7 @@ from .gemv_library import MOST_ROWS, GemvSpec, Products, build, source
 from .generated import DTYPES, unavailable
 from .self_check import check_once
 
-__all__ = ["Product", "gemv", "join_products", "product_of", "reference", "suits"]
+__all__ = ["Product", "gemv", "groups", "join_products", "product_of", "reference", "suits"]
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -184,13 +184,19 @@ def _unflipped(weight: fx.Node) -> tuple[fx.Node, bool]:
 @joint_lowering
 def join_products(graph: fx.Graph, gradients: bool) -> Iterator[tuple[str, str]]:
     """Products of the same few rows become one call, where no gradients are needed."""
-    if gradients:
-        return
+    for nodes in [] if gradients else groups(graph):
+        _join([found for node in nodes if (found := product_of(node)) is not None])
+        together = f", {len(nodes)} products of the same rows in one call" if len(nodes) > 1 else ""
+        yield "aten::linear", f"generated kernel: weights are read as they lie{together}"
+
+
+def groups(graph: fx.Graph) -> list[list[fx.Node]]:
+    """Nodes that can be one call: products of the same rows, with all that they read there and unchanged at the first."""
     by_rows: dict[fx.Node, list[Product]] = {}
     for node in graph.nodes:
         if node.op == "call_function" and (found := product_of(node)) is not None:
             by_rows.setdefault(found.rows, []).append(found)
-    mutations = Mutations.of(graph)
+    mutations, made = Mutations.of(graph), []
     for rows, products in by_rows.items():
         while products:
             first = products[0].node
@@ -198,9 +204,8 @@ def join_products(graph: fx.Graph, gradients: bool) -> Iterator[tuple[str, str]]
             products = [p for p in products if p not in joined]
             weights = [p.weight.meta["val"] for p in joined]
             if suits(rows.meta["val"], [w.mT if p.flipped else w for p, w in zip(joined, weights, strict=True)]):
-                _join(joined)
-                together = f", {len(joined)} products of the same rows in one call" if len(joined) > 1 else ""
-                yield "aten::linear", f"generated kernel: weights are read as they lie{together}"
+                made.append([p.node for p in joined])
+    return made
 
 
 def _same_before(operand: fx.Node, first: fx.Node, node: fx.Node, mutations: Mutations) -> bool:

@@ -217,6 +217,28 @@ def test_what_is_not_the_same_yet_is_not_joined(function: Any) -> None:
         torch.testing.assert_close(ours, expected, rtol=RTOL[ours.dtype], atol=RTOL[ours.dtype])
 
 
+def written_after(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    """The rows of two products are a product themselves, and are written to between them."""
+    rows = F.linear(x, a)
+    first = F.linear(rows, b)
+    rows.mul_(2.0)
+    return first, F.linear(rows, b), rows
+
+
+def nested(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    rows = F.linear(x, a)
+    return F.linear(rows, b), F.linear(rows, b + 1.0), rows
+
+
+@pytest.mark.parametrize(("function", "count"), [(nested, 3), (written_after, 3)])
+def test_rows_may_be_a_product_themselves(function: Any, count: int) -> None:
+    weights = W[0], W[1].t().contiguous()
+    gm, _ = lowered(function, ROW, *weights)
+    assert calls(gm) == count
+    for ours, expected in zip(gm(ROW, *weights), function(ROW, *weights), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-3)
+
+
 def add_scaled(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.addmm(b[:1, :160], x[0], a.t(), beta=2.0)
 

@@ -147,14 +147,14 @@ static void attend_group(const Arguments& a, const Tile& t, Rows& w, int group, 
 
 // Columns in the order of `column` become those of the values.
 INLINE void write_sums(const Rows& w, int rows, float* sum) {
-  constexpr Ints low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}, high = low + 8;
   for (int r = 0; r < rows; r++) {
     const float* out = w.out[r / GROUP] + r % GROUP * OUT_ROWS;
     int e = 0;
     for (; e + 2 * LANES <= VALUE_WIDTH; e += 2 * LANES) {
       const Floats even = load(out + e), odd = load(out + e + LANES);
-      store(sum + r * OUT_STRIDE + e, __builtin_shuffle(even, odd, low));
-      store(sum + r * OUT_STRIDE + e + LANES, __builtin_shuffle(even, odd, high));
+      float* at = sum + r * OUT_STRIDE + e;
+      store(at, SHUFFLE(even, odd, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
+      store(at + LANES, SHUFFLE(even, odd, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
     }
     for (; e < VALUE_WIDTH; e++) sum[r * OUT_STRIDE + e] = out[column(e)];
   }

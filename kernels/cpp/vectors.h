@@ -3,6 +3,13 @@
 #define INLINE_METHOD inline __attribute__((always_inline))
 #define INLINE static INLINE_METHOD
 
+// Lanes of two vectors, those of the second counted on from those of the first.
+#if defined(__clang__)
+#define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+#define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, Ints{__VA_ARGS__})
+#endif
+
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
@@ -141,9 +148,9 @@ INLINE Loaded loaded(const Element* p, int count) {  // of them the first elemen
 // LANES vectors as rows of a square become its columns: in step HALF, rows i and i + HALF exchange the lanes that differ.
 template <int HALF, class Vector, int... L>
 INLINE void exchange(Vector& x, Vector& y, std::integer_sequence<int, L...>) {
-  const Ints first = {(L & HALF ? LANES + L - HALF : L)...}, second = {(L & HALF ? LANES + L : L + HALF)...};
-  const Vector a = __builtin_shuffle(x, y, first), b = __builtin_shuffle(x, y, second);
-  x = a, y = b;
+  const Vector a = SHUFFLE(x, y, (L & HALF ? LANES + L - HALF : L)...);
+  y = SHUFFLE(x, y, (L & HALF ? LANES + L : L + HALF)...);
+  x = a;
 }
 template <int HALF = 1, class Vector>
 INLINE void transpose(Vector* x) {
@@ -158,8 +165,7 @@ INLINE void transpose(Vector* x) {
 // One step of a transposing sum: lane L gets x[L] + x[L + HALF] where bit HALF of L is clear, else y[L - HALF] + y[L].
 template <int HALF, int... L>
 INLINE Floats fold(Floats x, Floats y, std::integer_sequence<int, L...>) {
-  const Ints stay = {(L & HALF ? LANES + L : L)...}, move = {(L & HALF ? LANES + L - HALF : L + HALF)...};
-  return __builtin_shuffle(x, y, stay) + __builtin_shuffle(x, y, move);
+  return SHUFFLE(x, y, (L & HALF ? LANES + L : L)...) + SHUFFLE(x, y, (L & HALF ? LANES + L - HALF : L + HALF)...);
 }
 
 // Lane i of the result is the sum over the lanes of x[i].
