@@ -191,7 +191,7 @@ def join_products(graph: fx.Graph, gradients: bool) -> Iterator[tuple[str, str]]
 
 
 def groups(graph: fx.Graph) -> list[list[fx.Node]]:
-    """Nodes that can be one call: products of the same rows, with all that they read there and unchanged at the first."""
+    """Nodes that can be one call: products of the same rows whose operands are at the first what they are later."""
     by_rows: dict[fx.Node, list[Product]] = {}
     for node in graph.nodes:
         if node.op == "call_function" and (found := product_of(node)) is not None:
