@@ -81,7 +81,7 @@ def other_values() -> Any:
 
 
 CASES: list[tuple[Callable[[], Any], str]] = [
-    (normed_keys, "a norm stands between the projection of the keys"),
+    (normed_keys, "joint_latent, layer 0: a norm stands between the projection of the keys"),
     (cross_attention, "encoder with a decoder"),
     (encoder, "queries see the keys that follow"),
     (quantised, "no projection with a weight"),

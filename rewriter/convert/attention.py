@@ -86,15 +86,18 @@ class ConvertedAttention(nn.Module):
         """Raises ConversionRefused where another recipe was here before."""
         if not isinstance(self.memory, FullMemory):
             held = type(self.memory).__name__
-            raise ConversionRefused(recipe, f"an earlier recipe put in a {held}; an attention has one memory")
+            raise self._refused(recipe, f"an earlier recipe put in a {held}; an attention has one memory")
         if self.memory.key_norm is not None and not memory.after_norm:
-            raise ConversionRefused(
+            raise self._refused(
                 recipe,
                 "a norm stands between the projection of the keys and the scores; low rank does not commute with it",
             )
         if self.reach is not None:
-            raise ConversionRefused(recipe, "an earlier recipe gave its heads spans, which need a cache for each head")
+            raise self._refused(recipe, "an earlier recipe gave its heads spans, which need a cache for each head")
         self.memory = memory
+
+    def _refused(self, recipe: str, reason: str) -> ConversionRefused:
+        return ConversionRefused(f"{recipe}, layer {self.form.call.index}", reason)
 
     def replace_query(self, query: Affine, rotary: Rotary | None, recipe: str) -> None:
         """Queries [H, d, C] of any width, and which of their columns are turned; the scale stays.
@@ -102,7 +105,7 @@ class ConvertedAttention(nn.Module):
         Raises ConversionRefused where the queries have a norm.
         """
         if self.query_norm is not None:
-            raise ConversionRefused(recipe, "a norm stands between the projection of the queries and the scores")
+            raise self._refused(recipe, "a norm stands between the projection of the queries and the scores")
         self.query = query.linear()
         bias = (query.bias is not None, self.form.bias[1])
         self.form = replace(self.form, query_width=query.weight.shape[1], rotary=rotary, bias=bias)
