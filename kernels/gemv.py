@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from ..rewriter.compat import FakeTensor
 from ..rewriter.emit import LOWERED
 from ..rewriter.kernel_sources import KernelSource
 from ..rewriter.mutations import Mutations
@@ -165,6 +166,10 @@ def product_of(node: fx.Node) -> Product | None:
     result = node.meta["val"]
     values = [operand.meta["val"] for operand in found.operands]
     if any(value.dtype != result.dtype or value.device != result.device for value in values):
+        return None
+    if any(
+        type(value) is not FakeTensor for value in values
+    ):  # subclasses, quantised weights say, multiply on their own
         return None
     if values[0].dim() < 2 or values[1].dim() != 2 or any(bias.shape != result.shape[-1:] for bias in values[2:]):
         return None

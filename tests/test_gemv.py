@@ -290,6 +290,7 @@ class Block(nn.Module):
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "biased"])
 def test_a_compiled_block_gives_what_eager_gives(dtype: torch.dtype, batch: int, bias: bool) -> None:
+    torch.compiler.reset()
     torch.manual_seed(0)
     block = Block(bias).to(dtype).eval()
     inputs = [torch.randn(batch, 1, 256).to(dtype), *(torch.randn(batch, 8, 90, 32).to(dtype) for _ in range(2))]
@@ -303,6 +304,22 @@ def test_a_compiled_block_gives_what_eager_gives(dtype: torch.dtype, batch: int,
     said = latent.reports().graphs[-1].lowered
     assert sum("weights are read as they lie" in line for line in said) == 4, "q k v, o, gate and up, down"
     assert any("3 products" in line for line in said)
+
+
+def test_weights_of_a_subclass_multiply_on_their_own() -> None:
+    two = pytest.importorskip("torch.testing._internal.two_tensor").TwoTensor
+    block = Block(False).eval()
+    inputs = torch.randn(1, 1, 256), torch.randn(1, 8, 90, 32), torch.randn(1, 8, 90, 32)
+    torch.compiler.reset()
+    with torch.no_grad():
+        expected = block(*inputs)
+        for linear in (block.q, block.o):
+            weight = linear.weight.detach()
+            linear.weight = nn.Parameter(two(weight, weight.clone()), requires_grad=False)
+        made = torch.compile(block, backend="latent", dynamic=False)(*inputs)
+    torch.testing.assert_close(made.a, expected, rtol=1e-4, atol=1e-5)
+    said = [line for line in latent.reports().graphs[-1].lowered if line.startswith("aten::linear")]
+    assert len(said) == 1 and "2 products" in said[0], "k and v; what comes after o is of the subclass too"
 
 
 def test_kernels_are_printed_for_the_dump() -> None:
