@@ -69,25 +69,42 @@ class LatentCall(NamedTuple):
 
 
 Core = Callable[[Call], Tensor]
+PerHead = Callable[[Tensor, Tensor], Tensor]
 
 
 def _per_head(rows_BHSX: Tensor, weight_KXY: Tensor) -> Tensor:
     """[B, H, S, X] times the matrix of its head, [K, X, Y]: [B, H, S, Y]. Each matrix is read once."""
-    B, H, S, X = rows_BHSX.shape
-    K, _, Y = weight_KXY.shape
-    rows = rows_BHSX.reshape(B, K, H // K * S, X).transpose(0, 1).reshape(K, B * (H // K) * S, X)
-    if not torch.is_grad_enabled() and suits(rows, [weight_KXY.mT]):
-        made: Tensor = torch.ops.latent.gemv(rows, [weight_KXY.mT], [None])[0]
-        return made.reshape(K, B, H // K * S, Y).transpose(0, 1).reshape(B, H, S, Y)
+    rows = _by_matrix(rows_BHSX, len(weight_KXY))
     if rows.shape[1] == 1 and fast_dtype(rows.device.type, rows.dtype) != rows.dtype:
         # a library that multiplies this dtype in software takes ten times as long as reading the matrix does
-        return (rows.transpose(1, 2) * weight_KXY).sum(1).reshape(B, H, S, Y)
-    return (rows @ weight_KXY).reshape(K, B, H // K * S, Y).transpose(0, 1).reshape(B, H, S, Y)
+        return _by_head((rows.transpose(1, 2) * weight_KXY).sum(1, keepdim=True), rows_BHSX)
+    return _by_head(rows @ weight_KXY, rows_BHSX)
 
 
-def absorbed(call: LatentCall, core: Core) -> Tensor:
+def _per_head_by_kernel(rows_BHSX: Tensor, weight_KXY: Tensor) -> Tensor:
+    """The same, by the kernel for few rows where they are few; without gradients."""
+    rows = _by_matrix(rows_BHSX, len(weight_KXY))
+    if not suits(rows, [weight_KXY.mT]):
+        return _per_head(rows_BHSX, weight_KXY)
+    return _by_head(torch.ops.latent.gemv(rows, [weight_KXY.mT], [None])[0], rows_BHSX)
+
+
+def _by_matrix(rows_BHSX: Tensor, K: int) -> Tensor:
+    """[K, B · H / K · S, X]: the rows that each of K matrices is multiplied by."""
+    B, H, S, X = rows_BHSX.shape
+    return rows_BHSX.reshape(B, K, H // K * S, X).transpose(0, 1).reshape(K, B * (H // K) * S, X)
+
+
+def _by_head(rows: Tensor, like_BHSX: Tensor) -> Tensor:
+    """The way back: [B, H, S, Y]."""
+    B, H, S, _ = like_BHSX.shape
+    K, _, Y = rows.shape
+    return rows.reshape(K, B, H // K * S, Y).transpose(0, 1).reshape(B, H, S, Y)
+
+
+def absorbed(call: LatentCall, core: Core, per_head: PerHead = _per_head) -> Tensor:
     """Attend in the latent space: [B, H, S, E]."""
-    query = _per_head(call.query, call.up_key)
+    query = per_head(call.query, call.up_key)
     query_rope, key_rope, mask = call.query_rope, call.key_rope, call.mask
     if call.rope_per_head:
         mask, query_rope, key_rope = _rope_as_bias(call), None, None
@@ -110,9 +127,9 @@ def absorbed(call: LatentCall, core: Core) -> Tensor:
     )
     up_value = call.up_value.transpose(1, 2)
     if call.value_bias is None:
-        return _per_head(attended, up_value)
+        return per_head(attended, up_value)
     attended, total = attended[..., :-1].to(query.dtype), attended[..., -1:]
-    out = _per_head(attended, up_value)
+    out = per_head(attended, up_value)
     bias_HE = call.value_bias.repeat_interleave(out.shape[1] // call.value_bias.shape[0], 0)
     return out + (bias_HE[:, None] * _weight_of_keys(total, call.sinks)).to(out.dtype)
 
@@ -264,7 +281,7 @@ def _generated(call: Call) -> Tensor:
 
 def absorbed_by_kernel(*arguments: Any) -> Tensor:
     """The absorbed form around a generated kernel."""
-    return absorbed(LatentCall(*arguments), _generated)
+    return absorbed(LatentCall(*arguments), _generated, _per_head_by_kernel)
 
 
 def expanded_with_gradient(*arguments: Any) -> Tensor:
@@ -288,7 +305,8 @@ def either(*arguments: Any) -> Tensor:
     """The form that is predicted to be faster for this many queries."""
     call = LatentCall(*arguments)
     if call.query.shape[2] < threshold_of(call):
-        return absorbed(call, _generated).contiguous()  # strides as `shape_of_result` says, for batches too
+        # strides as `shape_of_result` says, for batches too
+        return absorbed(call, _generated, _per_head_by_kernel).contiguous()
     return expanded_in_blocks(call)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from latent.kernels import gemv
 from latent.rewriter.command.cli import app
 from latent.rewriter.mlir import MlirError, MlirGraph, to_mlir
 from latent.rewriter.options import read_options
@@ -73,7 +74,8 @@ def test_rewritten_layers_agree_with_eager() -> None:
 
 
 @needs_torch_mlir
-def test_absorbed_attention_to_a_cache_agrees_with_eager() -> None:
+def test_absorbed_attention_to_a_cache_agrees_with_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemv, "WORTH", 0)  # no kernel comes in, however large the weights
     (graph,), error = run(made(Latents), torch.randn(2, 1, 16), torch.randn(2, 9, 6))
     assert graph.report.count("absorb_up_projection") == 1
     assert error < 1e-5
