@@ -152,13 +152,15 @@ class Product(NamedTuple):
 
 def product_of(node: fx.Node) -> Product | None:
     """The product that a node is: linear, or mm, matmul and addmm by a matrix."""
+    if node.kwargs:
+        return None
     if node.target is aten.linear.default:
         rows, weight, bias = (*args_of(node), None)[:3]
         found = Product(node, rows, weight, False, bias)
     elif node.target in (aten.mm.default, aten.matmul.default):
         rows, weight = args_of(node)
         found = Product(node, rows, *_unflipped(weight), None)
-    elif node.target is aten.addmm.default and not node.kwargs:
+    elif node.target is aten.addmm.default:
         bias, rows, weight = args_of(node)
         found = Product(node, rows, *_unflipped(weight), bias)
     else:
@@ -167,10 +169,8 @@ def product_of(node: fx.Node) -> Product | None:
     values = [operand.meta["val"] for operand in found.operands]
     if any(value.dtype != result.dtype or value.device != result.device for value in values):
         return None
-    if any(
-        type(value) is not FakeTensor for value in values
-    ):  # subclasses, quantised weights say, multiply on their own
-        return None
+    if any(type(value) is not FakeTensor for value in values):
+        return None  # subclasses, as quantised weights are, multiply in their own way
     if values[0].dim() < 2 or values[1].dim() != 2 or any(bias.shape != result.shape[-1:] for bias in values[2:]):
         return None
     by_columns = _by_columns(values[1].mT if found.flipped else values[1])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from latent.kernels import gemv_library
 from latent.kernels.cpp_library import compiler, isa
 from latent.kernels.cpp_source import ISAS
-from latent.kernels.gemv import join_products, kernel_for, reference, small_products
+from latent.kernels.gemv import join_products, kernel_for, product_of, reference, small_products
 from latent.kernels.gemv_library import MOST_ROWS, GemvSpec, Products, build, source
 from latent.rewriter.capture import capture
 from latent.rewriter.kernel_sources import kernel_sources
@@ -241,6 +241,13 @@ def test_rows_may_be_a_product_themselves(function: Any, count: int) -> None:
 
 def add_scaled(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.addmm(b[:1, :160], x[0], a.t(), beta=2.0)
+
+
+def test_arguments_given_by_name_are_not_lost() -> None:
+    graph = fx.Graph()
+    x, a, b = (graph.placeholder(name) for name in "xab")
+    node = graph.call_function(torch.ops.aten.linear.default, (x, a), {"bias": b})
+    assert product_of(node) is None
 
 
 @pytest.mark.parametrize(
