@@ -140,7 +140,8 @@ static void attend_group(const Arguments& a, const Tile& t, Rows& w, int group, 
       multiply_tiles<TWO, true, true>({weights, VALUE_STEPS * PAIR, SIDE * VALUE_STEPS * PAIR, SIDE * PAIR},
                                       {w.values + e, VALUE_STRIDE * PAIR, SIDE * PAIR, SIDE * VALUE_STRIDE * PAIR},
                                       VALUE_STEPS / SIDE,
-                                      {w.out[group] + e, OUT_ROWS * FLOAT, SIDE * OUT_ROWS * FLOAT, SIDE * FLOAT}, ahead);
+                                      {w.out[group] + e, OUT_ROWS * FLOAT, SIDE * OUT_ROWS * FLOAT, SIDE * FLOAT},
+                                      ahead);
   }
   ahead.fetch(BLOCK * Ahead::LINES);  // what is left
 }

@@ -20,7 +20,7 @@ struct Tile {
   int rows;
 };
 
-// What a range of keys gave the rows of a tile: exp-weighted sums of values, log2 of the largest weight, sums of weights.
+// What a range of keys gave the rows of a tile: weighed sums of values, log2 of the largest weight, sums of weights.
 struct Partial {
   float *sum, *top, *total;  // sum[row * OUT_STRIDE + e]
   uint8_t* skipped;          // whether keys with the least finite bias were left out
@@ -57,7 +57,7 @@ INLINE void prefetch(const Element* p, int width) {
   for (int d = 0; d < width; d += 64 / (int)sizeof(Element)) __builtin_prefetch(p + d, 0, 2);
 }
 
-// Fetches tokens from `token` to `last` a few cache lines at a time: more at once than a core can wait for would stop it.
+// Fetches tokens from `token` to `last`, a few cache lines at a time: more than a core can wait for would stop it.
 constexpr int lines_of(int width) { return (width * (int)sizeof(Element) + 63) / 64; }
 
 struct Ahead {
@@ -92,8 +92,8 @@ INLINE T& scratch() {
 
 enum class Sight { NONE, SOME, ALL };
 
-// Fills bias[place(row, n)], in units of log2, for `count` keys from `first` on; -inf hides. ALL: it is 0 everywhere and
-// not filled. With `skip`, keys at the least finite bias (masks made of finfo.min) count as hidden.
+// Fills bias[place(row, n)], in units of log2, for `count` keys from `first` on; -inf hides. ALL: it is 0 everywhere
+// and not filled. With `skip`, keys at the least finite bias (masks made of finfo.min) count as hidden.
 template <class Place>
 static Sight look(const Arguments& a, const Tile& t, int64_t first, int count, bool skip, uint8_t* skipped, float* bias,
                   Place place) {

@@ -154,7 +154,8 @@ static void attend_many(const Arguments& a, const Tile& t, int64_t low, int64_t 
     const bool packed = count < BLOCK || !reads_cache(a, vectors);
     if (packed) pack(a, t, first, count, w);
     for (int g = 0; g < groups; g++)
-      (2 * g + 1 < vectors ? attend_group<2> : attend_group<1>)(a, t, w, g, first, count, high, sight == Sight::SOME, packed);
+      (2 * g + 1 < vectors ? attend_group<2> : attend_group<1>)(a, t, w, g, first, count, high, sight == Sight::SOME,
+                                                                packed);
   }
   end_products();
   std::copy_n(w.top, t.rows, result.top);

@@ -145,7 +145,7 @@ INLINE Loaded loaded(const Element* p, int count) {  // of them the first elemen
   return loaded(whole);
 }
 
-// LANES vectors as rows of a square become its columns: in step HALF, rows i and i + HALF exchange the lanes that differ.
+// LANES vectors, the rows of a square, become its columns: in step HALF rows i and i + HALF exchange lanes.
 template <int HALF, class Vector, int... L>
 INLINE void exchange(Vector& x, Vector& y, std::integer_sequence<int, L...>) {
   const Vector a = SHUFFLE(x, y, (L & HALF ? LANES + L - HALF : L)...);
