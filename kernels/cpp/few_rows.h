@@ -56,8 +56,8 @@ INLINE void score(const Arguments& a, const Tile& t, Few& w, int64_t first, int 
 }
 
 // out[r][e] = out[r][e] · keep[r] + sum over n of weight[r][n] v[n][e] for UNITS vectors of operands from e on.
-template <int ROWS, int UNITS, class Stride, class Load, class Ahead>
-INLINE void add_values(Few& w, const Element* v, Stride stride, int count, int e, Load values_at, Ahead ahead) {
+template <int ROWS, int UNITS, class Stride, class Load, class Fetch>
+INLINE void add_values(Few& w, const Element* v, Stride stride, int count, int e, Load values_at, Fetch fetch) {
   Floats sums[ROWS][UNITS * STEP];
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; r++)
@@ -65,7 +65,7 @@ INLINE void add_values(Few& w, const Element* v, Stride stride, int count, int e
     for (int i = 0; i < UNITS * STEP; i++) sums[r][i] = load(w.out[r] + e + i * LANES) * w.keep[r];
 #pragma GCC unroll 1
   for (int n = 0; n < count; n++) {
-    ahead(n);
+    fetch(n);
 #pragma GCC unroll 16
     for (int i = 0; i < UNITS; i++) {
       const Loaded value = values_at(v + n * stride + e + i * UNIT);
@@ -169,12 +169,12 @@ static void attend_rows(const Arguments& a, const Tile& t, int64_t low, int64_t 
     const int64_t coming = std::min<int64_t>(FEW_BLOCK, high - first - count);
     const auto whole = [](const Element* p) { return loaded(p); };
     int e = 0;
-    const auto ahead = [&](int n) __attribute__((always_inline)) {
+    const auto fetch = [&](int n) __attribute__((always_inline)) {
       const int part = std::min(UNITS * UNIT, WIDTH - e);
       if (n < coming && part > 0) prefetch(next + n * key_stride + e, part);
     };
     for (; e + UNITS * UNIT <= VALUE_WIDTH; e += UNITS * UNIT)
-      add_values<ROWS, UNITS>(w, values, value_stride, count, e, whole, ahead);
+      add_values<ROWS, UNITS>(w, values, value_stride, count, e, whole, fetch);
     const auto none = [](int) {};
     if constexpr (UNITS > 1)
       for (; e + UNIT <= VALUE_WIDTH; e += UNIT) add_values<ROWS, 1>(w, values, value_stride, count, e, whole, none);

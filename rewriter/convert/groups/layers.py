@@ -5,9 +5,8 @@
 for the keys before rope, and for the values, which can be weighed: x_l R_lᵀ stands in place of x_l then, and B_l R_l⁻ᵀ
 in place of B_l. The first layer of a group holds A of both. Formed of the prompt
 (`PromptLayer`), B is the prompt's own, and tokens that come later are kept as they are, or are compressed with it when
-that is asked for. Formed of other text
-(`CalibratedLayer`), B is the model's, and every token goes into A once the group's last layer has seen it. The tokens
-of a call attend to each other exactly.
+that is asked for. Formed of other text (`CalibratedLayer`), B is the model's, and every token goes into A once the
+group's last layer has seen it. The tokens of a call attend to each other exactly.
 """
 
 from __future__ import annotations
