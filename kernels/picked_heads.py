@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, fx
 
 from ..rewriter.convert.attention import attend
-from ..rewriter.nodes import args_of
+from ..rewriter.convert.scoring import Scoring
+from ..rewriter.nodes import args_of, argument
 from ..rewriter.registry import LibraryCall, lowering
 from .generated import DTYPES, unavailable
 
@@ -28,7 +29,7 @@ torch.library.define(
 torch.library.define(
     "latent::attend_used",
     "(Tensor query, Tensor used, Tensor key, Tensor value, Tensor? mask, float scale, float? cap, "
-    "bool generated=False) -> Tensor",
+    "Tensor? sinks=None, bool generated=False) -> Tensor",
 )
 torch.library.define(
     "latent::columns_of_heads", "(Tensor x, Tensor weight, Tensor? bias, Tensor heads, int width) -> Tensor"
@@ -64,6 +65,7 @@ def attend_used(
     mask: Tensor | None,
     scale: float,
     cap: float | None,
+    sinks_H: Tensor | None = None,
     generated: bool = False,
 ) -> Tensor:
     """Attention of one token of each sequence by the heads that are used, zeros for the others: [B, H, 1, E].
@@ -74,11 +76,12 @@ def attend_used(
     tokens = key_BGTD.shape[2]
     mask = mask if mask is None else mask[..., :tokens]
     if generated:
-        given = (query_BH1D, None, key_BGTD, None, value_BGTE, mask, None, scale, cap or 0.0, False, 0, 0, False)
+        given = (query_BH1D, None, key_BGTD, None, value_BGTE, mask, sinks_H, scale, cap or 0.0, False, 0, 0, False)
         made: Tensor = torch.ops.latent.generated_attention(*given, used_BH)
         return made
+    scoring = Scoring(scale, cap, sinks_H)
     if len(query_BH1D) > 1:
-        every = attend(query_BH1D, key_BGTD, value_BGTE, mask, scale, cap).transpose(1, 2)
+        every = attend(query_BH1D, key_BGTD, value_BGTE, mask, scoring).transpose(1, 2)
         return every.masked_fill(~used_BH[:, :, None, None], 0)
     heads, total = used_BH[0].nonzero()[:, 0], used_BH.shape[1]
     groups = [head // (total // key_BGTD.shape[1]) for head in heads.tolist()]
@@ -87,7 +90,8 @@ def attend_used(
         for first, end in _runs(list(alike)):
             rows = heads[done : done + sum(first <= group < end for group in groups)]
             seen = mask if mask is None or mask.shape[1] == 1 else mask[:, rows]
-            part = attend(query_BH1D[:, rows], key_BGTD[:, first:end], value_BGTE[:, first:end], seen, scale, cap)
+            some = key_BGTD[:, first:end], value_BGTE[:, first:end]
+            part = attend(query_BH1D[:, rows], *some, seen, scoring.of_heads(rows))
             out[:, rows] = part.transpose(1, 2)
             done += len(rows)
     return out
@@ -99,8 +103,8 @@ def choose(node: fx.Node, gradients: bool) -> tuple[LibraryCall, str]:
     value, given = node.meta["val"], args_of(node)
     generated = value.dtype in DTYPES and not gradients and not unavailable(value.device.type)
     reason = "keys split over cores" if generated else "scaled_dot_product_attention of the heads that are used"
-    operator = torch.ops.latent.attend_used.default
-    return LibraryCall(operator, (*given[:7], generated), {}), f"{'generated kernel: ' * generated}{reason}"
+    operator, sinks = torch.ops.latent.attend_used.default, argument(node, 7, "sinks", None)
+    return LibraryCall(operator, (*given[:7], sinks, generated), {}), f"{'generated kernel: ' * generated}{reason}"
 
 
 def _runs(heads: list[int]) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ from torch import fx
 
 from .axes import Axis, AxisSpace, Dim, Layout, flat
 from .layouts import layout_step
-from .sites import Bias, Fill, Operand, ScoreStep, ScoreTerm, SiteAxes
+from .sites import Bias, Fill, Operand, ScoreStep, ScoreTerm, Sink, SiteAxes
 
 
 def peel(node: fx.Node, layout: Layout, space: AxisSpace) -> Operand:
@@ -60,8 +60,9 @@ def roles_of(
     repeated = [axis for axis in order if axis in indexed and axis not in roots]
     shared = [axis for axis in order if axis in indexed and axis not in repeated]
     groups = [axis for axis in order if axis in repeated or (axis in single and axis not in queries)]
-    # With one shared axis and heads that share it, it is the batch, and there is one key head.
-    alone = len(shared) == 1 and bool(groups)
+    # With one shared axis and heads that share it, it is the batch, and there is one key head; unless it tells sinks
+    # apart, which are weights of the heads: then it is one sequence alone.
+    alone = len(shared) == 1 and bool(groups) and shared[0] not in _told_apart_by_sinks(steps, space)
     return SiteAxes(
         batch=tuple(shared if alone else shared[:-1]),
         heads=() if alone else tuple(shared[-1:]),
@@ -70,6 +71,11 @@ def roles_of(
         keys=keys,
         value_width=value_width,
     )
+
+
+def _told_apart_by_sinks(steps: Sequence[ScoreStep], space: AxisSpace) -> set[Axis]:
+    sinks = [(s.sink, s.layout) for s in steps if isinstance(s, Sink) and isinstance(s.sink, fx.Node)]
+    return space.axes(*(peel(sink, layout, space).chain[-1][1] for sink, layout in sinks))
 
 
 def _sits_in_rows(axis: Axis, scores: Layout, queries: Sequence[Layout]) -> bool:

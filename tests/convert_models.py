@@ -12,6 +12,7 @@ import transformers
 from latent.rewriter.convert.layers import AttentionLayer, Decoder
 from latent.rewriter.convert.read_decoder import read_decoder
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaAttention
 from zoo.build import randomise
 
 SMALL = {
@@ -42,6 +43,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3", {}),  # one projection for all three
     "gemma2": ("Gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8}),  # scores are capped
     "mistral": ("Mistral", {"sliding_window": 8}),
+    "gpt_oss": (
+        "GptOss",
+        {"head_dim": 8, "sliding_window": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
+    ),  # sinks
+    "gated": ("Llama", {}),
     "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 48}),  # nothing is turned
 }
 TURNED = tuple(name for name in CONFIGS if name != "gpt2")
@@ -58,10 +64,44 @@ def tiny(name: str, dtype: torch.dtype = torch.float64) -> Any:
     kind, changes = CONFIGS[name]
     config = getattr(transformers, f"{kind}Config")(**{**SMALL, **changes})
     torch.manual_seed(0)
-    attention = "eager" if name == "gemma2" else "sdpa"
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    attention = "eager" if name in ("gemma2", "gpt_oss") else "sdpa"
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    without_experts(model).eval()
+    if name == "gated":
+        for layer in model.model.layers:
+            layer.self_attn = Gated(config, layer.self_attn.layer_idx)
+        model.eval()
     randomise(model, seed=0)
     return model.to(dtype)
+
+
+def without_experts(model: Any) -> Any:
+    """Experts are computed in 32 bits or in several graphs; one dense layer stands for them."""
+    for layer in getattr(getattr(model, "model", None), "layers", ()):
+        if hasattr(layer.mlp, "experts"):
+            layer.mlp = Dense(model.config.hidden_size)
+    return model
+
+
+class Dense(nn.Linear):
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return super().forward(x), None
+
+
+class Gated(LlamaAttention):
+    """A sigmoid for every column of the heads (G1 of arXiv:2505.06708)."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.gate = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out, self.o_proj = self.o_proj, nn.Identity()
+
+    def forward(self, hidden_states: Tensor, **given: Any) -> tuple[Tensor, None]:
+        heads, _ = super().forward(hidden_states, **given)
+        return self.out(heads * torch.sigmoid(self.gate(hidden_states))), None
 
 
 def text(rows: int = 16, length: int = 24, seed: int = 3) -> Tensor:

@@ -114,6 +114,21 @@ def test_caps_and_sinks_are_part_of_the_operator(name: str) -> None:
     assert found.verdict.outcome == "applied" and found.error < 1e-5
 
 
+@pytest.mark.parametrize("queries", [5, 1])
+def test_sinks_tell_the_key_heads_of_one_sequence_from_a_batch(queries: int) -> None:
+    """One sequence has no batch axis: the one axis that queries and keys share are the heads that the sinks are of."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, sink: Tensor) -> Tensor:
+        key, value = key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)
+        sinks = sink.view(-1, 1, 1).expand(*query.shape[:3], 1)
+        return torch.cat((query @ key.mT, sinks), -1).softmax(-1)[..., :-1] @ value
+
+    torch.manual_seed(0)
+    given = torch.randn(1, 4, queries, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(4)
+    found = outcome("fuse_attention", attend, *given)
+    assert found.verdict.outcome == "applied" and found.error < 1e-5
+
+
 REFUSED = {
     "differ from token to token": lambda q, k, v: torch.cat((q @ k.mT, q[..., :1]), -1).softmax(-1)[..., :-1] @ v,
     "read by something else": lambda q, k, v: (w := (q @ k.mT).softmax(-1)) @ v + w.sum(),

@@ -11,6 +11,7 @@ from latent.rewriter.convert.attention import ConvertedAttention
 from latent.rewriter.convert.layers import ConversionRefused
 from latent.rewriter.convert.read_decoder import read_decoder
 from torch import nn
+from zoo.build import CannotBuild, build, causal_lm_types
 
 SMALL = {
     "hidden_size": 48,
@@ -26,7 +27,8 @@ SMALL = {
 def make(name: str, implementation: str = "sdpa", **changed: Any) -> Any:
     torch.manual_seed(0)
     config = getattr(hf, f"{name}Config")(**{**SMALL, **changed})
-    model = getattr(hf, name.replace("Text", "") + "ForCausalLM", None) or getattr(hf, f"{name}LMHeadModel")
+    names = (f"{name}ForCausalLM", name.replace("Text", "") + "ForCausalLM", f"{name}LMHeadModel")
+    model = next(getattr(hf, one) for one in names if hasattr(hf, one))
     made = model._from_config(config, attn_implementation=implementation).eval()
     for parameter in made.parameters():  # biases and norms start at zeros and ones, which would hide them
         if parameter.ndim == 1:
@@ -50,6 +52,16 @@ DECODERS = {
     "two tables of angles": ("Gemma3Text", {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]}),
     "scale of its own": ("Granite", {"attention_multiplier": 0.3}),
     "eager": ("Llama", {"implementation": "eager"}),
+    "sinks": ("GptOss", {"head_dim": 8, "num_local_experts": 4, "implementation": "eager"}),
+    "gate per column, norms": ("Afmoe", {"head_dim": 8, "num_local_experts": 4, "num_dense_layers": 2}),
+    "softplus per head, norms": (
+        "Laguna",
+        {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "gating": "per-head"},
+    ),
+    "gate beside the queries": ("Qwen3_5Text", {"head_dim": 8, "layer_types": ["full_attention"] * 2}),
+    "norms of values too": ("Gemma4Text", {"head_dim": 8, "num_kv_shared_layers": 0, "global_head_dim": 16}),
+    "norm after rope, turned backwards": ("NanoChat", {}),
+    "norm with a bias": ("Persimmon", {"num_key_value_heads": 6}),
 }
 
 
@@ -128,7 +140,13 @@ REFUSED = {
         "angles",
     ),
     "positions in the mask": ("Bloom", {"n_head": 6, "n_layer": 2, **EAGER}, "besides|cache|scaled"),
-    "sinks": ("GptOss", {"head_dim": 8, "num_local_experts": 4, **EAGER}, "sinks"),
+    "two attentions and their difference": ("DiffLlama", EAGER, "what follows|cannot be read"),
+    "no module of that name": (
+        "CTRL",
+        {"n_embd": 48, "n_head": 6, "n_layer": 2, "dff": 32, "n_positions": 64, **EAGER},
+        "no module of the model has this name",
+    ),
+    "one module, several caches": ("HrmText", {"H_cycles": 1, "L_cycles": 2}, "attends . times in one call"),
 }
 
 
@@ -166,3 +184,22 @@ def test_the_model_is_left_as_it_was() -> None:
     read_decoder(model)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.slow
+def test_every_decoder_of_transformers_is_read_or_refused_in_words() -> None:
+    """Of 170 types that can be built, most are read; no other error comes out."""
+    read, refused = [], {}
+    for name in causal_lm_types():
+        torch._dynamo.reset()
+        try:
+            model = build(name).model
+        except CannotBuild:
+            continue
+        try:
+            read_decoder(model)
+            read.append(name)
+        except ConversionRefused as reason:
+            refused[name] = str(reason)
+    print(f"{len(read)} read", *(f"{name}: {reason}" for name, reason in refused.items()), sep="\n")
+    assert len(read) >= 100

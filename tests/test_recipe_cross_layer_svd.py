@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("transformers")
 
+import convert_models
 import latent
 from convert_tools import VOCABULARY, converted, decode, decoder_of, forward, step, tiny, tokens
 from latent.passes.recipes.cross_layer_svd import VALUES, CrossLayerSVD, cached_numbers
@@ -224,6 +225,17 @@ def test_the_error_is_the_energy_of_what_was_left_out(group: int, which: int) ->
         assert_close(error / wide.pow(2).sum((1, 2)), energy / wide.pow(2).sum((1, 2)), 1e-10)
         if group == 1:  # the truncated decomposition of a layer by itself
             assert_close(found, u[..., :rank] * s[:, None, :rank] @ v[:, :rank], 1e-9)
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "gated", "qwen2"])
+def test_at_full_rank_sinks_and_gates_weigh_the_bias_of_the_values_too(name: str) -> None:
+    model, text = convert_models.tiny(name), ids()
+    made = convert_models.convert(name, full(weigh=False))
+    wanted = forward(model, text)
+    cache = latent.LatentCache(made)
+    found = [step(made, cache, text[:, :PROMPT], PROMPT)]
+    found += [step(made, cache, text[:, :end], 1) for end in range(PROMPT + 1, LENGTH + 1)]
+    assert_close(torch.cat(found, 1), wanted, 1e-9)
 
 
 @pytest.mark.parametrize("bases", ["prompt", "calibrated"])

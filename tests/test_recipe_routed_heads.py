@@ -11,6 +11,7 @@ import latent
 import pytest
 import torch
 import transformers
+from convert_models import without_experts
 from latent.kernels import picked_heads
 from latent.kernels.cpp_library import compiler
 from latent.passes.recipes.joint_latent import JointLatent
@@ -28,9 +29,11 @@ CONFIGS = {
     "qwen3": transformers.Qwen3Config(**GROUPED, head_dim=8),
     "gpt_neox": transformers.GPTNeoXConfig(**SIZES, intermediate_size=64, rotary_pct=0.5),
     "gemma2": transformers.Gemma2Config(**GROUPED, head_dim=8, sliding_window=6, attn_logit_softcapping=5.0),
+    "qwen3_5": transformers.Qwen3_5TextConfig(**GROUPED, head_dim=8, layer_types=["full_attention"] * 2),  # gates
+    "gpt_oss": transformers.GptOssConfig(**GROUPED, head_dim=8, num_local_experts=1),
     "gpt2": transformers.GPT2Config(vocab_size=64, n_embd=48, n_layer=2, n_head=6, n_positions=128),
 }
-FLOAT32 = ("gemma2", "qwen3")
+FLOAT32 = ("gemma2", "qwen3", "qwen3_5")
 """Whose softmax or norms are float32 whatever the weights are."""
 
 IDS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -39,9 +42,9 @@ IDS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(1))
 def model_of(name: str) -> torch.nn.Module:
     torch.manual_seed(0)
     config = copy.deepcopy(CONFIGS[name])
-    spelling = "eager" if name == "gemma2" else "sdpa"  # caps are there in the eager spelling alone
+    spelling = "eager" if name in ("gemma2", "gpt_oss") else "sdpa"  # caps are there in the eager spelling alone
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation=spelling)
-    model.eval()
+    without_experts(model).to(torch.float64).eval()
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)  # biases that are not zero
     return model

@@ -23,7 +23,12 @@ WAYS = [
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(("kind", "fold"), WAYS)
 def test_full_rank_is_exact(name: str, kind: Any, fold: bool) -> None:
-    converted = convert(name, SeparateLatent(**FULL, basis=kind, fold_values=fold))
+    recipe = SeparateLatent(**FULL, basis=kind, fold_values=fold)
+    if fold and name in ("gated", "gpt_oss"):
+        with pytest.raises(ConversionRefused, match=r"a gate for every column stands|which sinks or gates weigh"):
+            convert(name, recipe)
+        return
+    converted = convert(name, recipe)
     assert attention_error(name, converted) < limit(name)
 
 

@@ -23,6 +23,7 @@ from latent.rewriter.convert.calibrate import Calibration
 from latent.rewriter.convert.layers import AttentionLayer, ConversionRefused, Rotary
 from latent.rewriter.convert.memory import heads_of
 from latent.rewriter.convert.rotation import rotate
+from latent.rewriter.convert.scoring import Scoring
 from test_generate import EAGER, assert_same_tokens, generate
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
@@ -136,7 +137,7 @@ def by_definition(one: AttentionLayer, split: Split, hidden: Tensor, angles: Any
     turned_key = rotate((key @ split.turned)[:, None], angles, inner).expand(-1, one.groups, -1, -1)
     plain_key = heads_of(key @ split.plain @ split.plain.t(), one.groups)
     queries, keys = torch.cat((query, turned_query), -1), torch.cat((plain_key, turned_key), -1)
-    out = attend(queries, keys, heads_of(value, one.groups), None, one.scale, one.cap)
+    out = attend(queries, keys, heads_of(value, one.groups), None, Scoring(one.scale, one.cap))
     return out.flatten(2) @ one.output.weight.flatten(1).t() + (0 if one.output.bias is None else one.output.bias)
 
 

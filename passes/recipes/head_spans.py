@@ -16,13 +16,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ...rewriter.convert.attention import AttentionForm, ConvertedAttention
+from ...rewriter.convert.attention import ConvertedAttention
 from ...rewriter.convert.calibrate import Calibration
 from ...rewriter.convert.layers import ConversionRefused, Decoder
 from ...rewriter.convert.memory import FullMemory
 from ...rewriter.convert.reach import Reach
 from ...rewriter.convert.read_decoder import probe_tokens
 from ...rewriter.convert.recipe import Needs, part, recipe
+from ...rewriter.convert.scoring import Scoring
 from ...rewriter.convert.spans.allocation import window_of
 from ...rewriter.convert.spans.attention import AtHand, Keys, attend_spans
 from ...rewriter.convert.spans.cache import GrowingSpans, SpanLayer, leading
@@ -130,13 +131,18 @@ def permute_heads(attention: ConvertedAttention, order: Sequence[int]) -> None:
     memory, form = attention.memory, attention.form
     assert isinstance(memory, FullMemory)
     groups = len(order)
-    for linear in (attention.query, memory.key, memory.value):
+    gate = [] if attention.output_gate is None else [attention.output_gate.linear]
+    for linear in (attention.query, memory.key, memory.value, *gate):
         linear.weight.data = _reordered(linear.weight.data, order, groups)
         if linear.bias is not None:
             linear.bias.data = _reordered(linear.bias.data, order, groups)
-    for norm in (attention.query_norm, memory.key_norm):
+    for norm in (attention.query_norm, memory.key_norm, memory.value_norm):
         if norm is not None:
             norm.weight.data = _reordered(norm.weight.data, order, groups)
+            if norm.bias is not None:
+                norm.bias.data = _reordered(norm.bias.data, order, groups)
+    if attention.sinks is not None:
+        attention.sinks.score.data = _reordered(attention.sinks.score.data, order, groups)
     assert form.heads % groups == 0
     attention.output.weight.data = _reordered(attention.output.weight.data.t(), order, groups).t().contiguous()
 
@@ -164,19 +170,26 @@ class SpanReach(Reach):
         return GrowingSpans(self.classes) if max_length is None else FixedSpans(self.classes, max_length)
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, past: Any, form: AttentionForm
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        past: Any,
+        scoring: Scoring,
+        index: int,
     ) -> Tensor:
         if mask is not None and mask.shape[1] != 1:
             raise ValueError(
-                f"layer {form.call.index}: its heads have spans, and a mask for each head [B, {mask.shape[1]}, S, T] "
+                f"layer {index}: its heads have spans, and a mask for each head [B, {mask.shape[1]}, S, T] "
                 "besides; give one for all heads [B, 1, S, T]"
             )
-        hands = self._hands(key, value, mask, past, form.call.index)
+        hands = self._hands(key, value, mask, past, index)
         repeats = query.shape[1] // key.shape[1]
         made, first = [], 0
         for hand, (_, count) in zip(hands, self.classes, strict=True):
-            rows = query[:, first * repeats : (first + count) * repeats]
-            made.append(attend_spans(rows, hand, mask, form.scale, form.cap))
+            rows = slice(first * repeats, (first + count) * repeats)
+            made.append(attend_spans(query[:, rows], hand, mask, scoring.of_heads(rows)))
             first += count
         return torch.cat(made, 2) if len(made) > 1 else made[0]
 

@@ -220,8 +220,11 @@ class HeadRouter(HeadGate):
         """One token of each sequence, without the keys of the heads that it skips."""
         form, query = attention.form, attention.queries(hidden, turns)
         key, value = (formed(kept) for kept in attention.remember(hidden, turns, mask, past))
-        heads = torch.ops.latent.attend_used(query, on[:, 0], key, value, mask, form.scale, form.cap)
-        output: Tensor = attention.output((weights[..., None] * heads.transpose(1, 2)).flatten(2))
+        scoring = (form.scale, form.cap, attention.scoring.sinks)
+        heads = torch.ops.latent.attend_used(query, on[:, 0], key, value, mask, *scoring).transpose(1, 2)
+        if attention.output_gate is not None:
+            heads = attention.output_gate(heads, hidden)
+        output: Tensor = attention.output((weights[..., None] * heads).flatten(2))
         return output
 
     def one_token(
@@ -247,8 +250,10 @@ class HeadRouter(HeadGate):
                 query = rotate(query[None, :, None], turns, form.rotary)[0, :, 0]
         key, value = (formed(kept) for kept in attention.remember(hidden, turns, mask, past))
         every = query.new_zeros(1, form.heads, 1, query.shape[-1]).index_copy(1, heads, query[None, :, None])
-        out = op.attend_used(every, on[:, 0], key, value, mask, form.scale, form.cap)
+        out = op.attend_used(every, on[:, 0], key, value, mask, form.scale, form.cap, attention.scoring.sinks)
         out = out[0, heads, 0] * weights[0, 0, heads, None]
+        if attention.output_gate is not None:
+            out = out * attention.output_gate.factor(hidden)[0, 0, heads]
         weight, bias = attention.output.weight, attention.output.bias
         made: Tensor = op.columns_of_heads(out, weight, bias, heads, form.value_width)
         return made[None, None]

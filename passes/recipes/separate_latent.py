@@ -95,7 +95,16 @@ def leading(moment: Tensor, blocks: int, rank: int) -> Tensor:
 
 
 def folded_output(layer: AttentionLayer, value: Tensor) -> Affine:
-    """W_o,h R_v,g [C, H, r]. The values' bias passes through, as the weights of a row sum to one."""
+    """W_o,h R_v,g [C, H, r]. The values' bias passes through where the weights of a row sum to one.
+
+    Raises ConversionRefused where they do not.
+    """
+    if layer.value.bias is not None and (layer.sinks is not None or layer.gate is not None):
+        raise ConversionRefused(
+            layer.path,
+            "its values have a bias, which sinks or gates weigh, so that it is no bias of the output",
+            "Leave out fold_values.",
+        )
     repeats, output = layer.heads // layer.groups, layer.output.weight.to(value)
     rebuild = value.reshape(layer.groups, layer.value_width, -1).repeat_interleave(repeats, 0)
     weight = torch.einsum("che,her->chr", output, rebuild)

@@ -1,6 +1,6 @@
 """The module that stands where an attention stood: the same call, the same result where nothing was changed.
 
-    q = turn(W_q x)     k, v = memory(x)     o = softmax(scale · q k + mask) v     out = W_o o
+    q = turn(W_q x)     k, v = memory(x)     o = softmax(scale · q k + mask) v     out = W_o (o · gate(x))
 
 Plain PyTorch throughout: what the compiler makes fast, it finds here as in any other model.
 """
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from .factored import Factored, attend_to_factors, formed
 from .layers import Affine, AttentionLayer, CallForm, ConversionRefused, Rotary
 from .memory import FullMemory, Memory, heads_of
-from .norms import HeadNorm
+from .norms import HeadNorm, turned_and_normed
+from .output_gate import OutputGate
 from .reach import Reach
-from .rotation import Turns, rotate, turns_of
+from .rotation import Turns, turns_of
+from .scoring import Scoring, Sinks
 
 __all__ = ["AttentionForm", "ConvertedAttention", "HeadGate", "attend"]
 
@@ -69,6 +71,8 @@ class ConvertedAttention(nn.Module):
         self.query = nn.Linear(form.hidden, form.heads * form.query_width, form.bias[0])
         self.output = nn.Linear(form.heads * form.value_width, form.hidden, form.bias[1])
         self.query_norm = query_norm
+        self.sinks: Sinks | None = None
+        self.output_gate: OutputGate | None = None
         self.memory = memory
         self.gate: HeadGate | None = None
         self.reach: Reach | None = None
@@ -80,6 +84,7 @@ class ConvertedAttention(nn.Module):
             made = cls(AttentionForm.of(layer), memory or FullMemory.of(layer), HeadNorm.of(layer.query_norm))
         made.query = layer.query.linear()
         made.replace_output(layer.output)
+        made.sinks, made.output_gate = Sinks.of(layer.sinks), OutputGate.of(layer.gate)
         return made
 
     def replace_memory(self, memory: Memory, recipe: str) -> None:
@@ -92,6 +97,10 @@ class ConvertedAttention(nn.Module):
                 recipe,
                 "a norm stands between the projection of the keys and the scores; low rank does not commute with it",
             )
+        if self.memory.value_norm is not None:
+            raise self._refused(recipe, "a norm stands between the projection of the values and the attention")
+        if self.memory.key_norm is not None and self.memory.key_norm.after_rope:
+            raise self._refused(recipe, "a norm of the keys follows their rotation")
         if self.reach is not None:
             raise self._refused(recipe, "an earlier recipe gave its heads spans, which need a cache for each head")
         self.memory = memory
@@ -111,7 +120,12 @@ class ConvertedAttention(nn.Module):
         self.form = replace(self.form, query_width=query.weight.shape[1], rotary=rotary, bias=bias)
 
     def replace_output(self, output: Affine) -> None:
-        """What reads the heads, [C, H, e]; e is the width of the values that the memory gives."""
+        """What reads the heads, [C, H, e]; e is the width of the values that the memory gives.
+
+        Raises ConversionRefused where other columns would meet a gate for each of them.
+        """
+        if self.output_gate is not None and self.output_gate.width != 1:
+            raise self._refused("its output", "a gate for every column stands between the heads and their projection")
         self.output = Affine(output.weight.flatten(1), output.bias).linear()
         bias = (self.form.bias[0], output.bias is not None)
         self.form = replace(self.form, value_width=output.weight.shape[2], bias=bias)
@@ -138,21 +152,22 @@ class ConvertedAttention(nn.Module):
 
     def attention(self, hidden: Tensor, turns: Turns | None, mask: Tensor | None, past: Any) -> Tensor:
         """What the heads give, side by side: [B, S, H·e]."""
-        query = self.queries(hidden, turns)
+        query, scoring = self.queries(hidden, turns), self.scoring
         if self.reach is not None:
-            out: Tensor = self.reach(query, *self.memory.new(hidden, turns), mask, past, self.form)
-            return out.flatten(2)
-        key, value = self.remember(hidden, turns, mask, past)
-        return attend(query, key, value, mask, self.form.scale, self.form.cap).flatten(2)
+            out: Tensor = self.reach(query, *self.memory.new(hidden, turns), mask, past, scoring, self.form.call.index)
+        else:
+            key, value = self.remember(hidden, turns, mask, past)
+            out = attend(query, key, value, mask, scoring)
+        return out.flatten(2) if self.output_gate is None else self.output_gate(out, hidden).flatten(2)
+
+    @property
+    def scoring(self) -> Scoring:
+        return Scoring(self.form.scale, self.form.cap, None if self.sinks is None else self.sinks.score)
 
     def queries(self, hidden: Tensor, turns: Turns | None) -> Tensor:
         """[B, H, S, d], at their positions."""
         query = heads_of(self.query(hidden), self.form.heads)
-        if self.query_norm is not None:
-            query = self.query_norm(query)
-        if self.form.rotary is not None and turns is not None:
-            query = rotate(query, turns, self.form.rotary)
-        return query
+        return turned_and_normed(query, turns, self.form.rotary, self.query_norm)
 
     def remember(
         self, hidden: Tensor, turns: Turns | None, mask: Tensor | None, past: Any
@@ -197,26 +212,25 @@ def attend(
     key_BGTd: Tensor | Factored,
     value_BGTe: Tensor | Factored,
     mask: Tensor | None,
-    scale: float,
-    cap: float | None,
+    scoring: Scoring,
 ) -> Tensor:
     """Attention of H heads to G, [B, S, H, e]. Without a mask queries see the keys up to their own.
 
     `mask` [B, 1 or H, S, T]: true where a key is seen, or numbers that are added.
     """
     if isinstance(key_BGTd, Factored) and isinstance(value_BGTe, Factored) and query_BHSd.shape[2] == 1:
-        return attend_to_factors(query_BHSd, key_BGTd, value_BGTe, mask, scale, cap)
+        return attend_to_factors(query_BHSd, key_BGTd, value_BGTe, mask, scoring)
     key_BGTd, value_BGTe = formed(key_BGTd), formed(value_BGTe)
     batch, heads, queries, _ = query_BHSd.shape
     groups = key_BGTd.shape[1]
     if mask is not None and mask.shape[-1] != key_BGTd.shape[-2]:
         mask = mask[..., : key_BGTd.shape[-2]]
-    if cap is not None:
-        return _capped(query_BHSd, key_BGTd, value_BGTe, mask, scale, cap).transpose(1, 2)
+    if scoring.cap is not None or scoring.sinks is not None:
+        return _spelled_out(query_BHSd, key_BGTd, value_BGTe, mask, scoring).transpose(1, 2)
     one = queries == 1 and (mask is None or mask.shape[1] == 1)
     if one and not torch.compiler.is_compiling():  # heads of a group are rows that read the same keys
         rows = query_BHSd.view(batch, groups, heads // groups, -1)
-        out = F.scaled_dot_product_attention(rows, key_BGTd, value_BGTe, mask, scale=scale)
+        out = F.scaled_dot_product_attention(rows, key_BGTd, value_BGTe, mask, scale=scoring.scale)
         return out.reshape(batch, 1, heads, -1)
     causal, grouped = mask is None, False
     if queries == 1:  # no expressions of the sizes, which would be symbols where those are dynamic
@@ -224,19 +238,17 @@ def attend(
     if heads != groups:
         grouped = True
     out = F.scaled_dot_product_attention(
-        query_BHSd, key_BGTd, value_BGTe, mask, is_causal=causal, scale=scale, enable_gqa=grouped
+        query_BHSd, key_BGTd, value_BGTe, mask, is_causal=causal, scale=scoring.scale, enable_gqa=grouped
     )
     return out.transpose(1, 2)
 
 
-def _capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, cap: float) -> Tensor:
+def _spelled_out(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring) -> Tensor:
+    """What scaled_dot_product_attention does not have: soft caps and sinks."""
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    scores = cap * torch.tanh(query @ key.transpose(-1, -2) * (scale / cap))
+    products = query @ key.transpose(-1, -2)
     if mask is None:
-        queries = scores.shape[-2]
-        mask = torch.ones(queries, scores.shape[-1], dtype=torch.bool, device=scores.device).tril()
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
-    accurate = torch.promote_types(scores.dtype, torch.float32)
-    return torch.softmax(scores, -1, dtype=accurate).to(value.dtype) @ value
+        mask = torch.ones(products.shape[-2:], dtype=torch.bool, device=products.device).tril()
+    return scoring.weights(products, mask) @ value

@@ -3,8 +3,8 @@
     x_t = A_t B + b     for tokens that were compressed; A is shared by a group of layers, B is the layer's own
     x_t = y_t + b       for the others
 
-Values are not formed: Σ_t p_t (A_t B + b) = (Σ_t p_t A_t) B + b. Keys are turned by their positions, which stands
-between q and B, so they are formed, a block of tokens at a time.
+Values are not formed: Σ_t p_t (A_t B + b) = (Σ_t p_t A_t) B + (Σ_t p_t) b. Keys are turned by their positions, which
+stands between q and B, so they are formed, a block of tokens at a time.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from .layers import Rotary
 from .memory import heads_of
 from .rotation import Turns, rotate
+from .scoring import Scoring
 
 __all__ = ["BLOCK", "Factored", "attend_to_factors", "formed"]
 
@@ -68,7 +69,9 @@ class Factored:
         seen_BGnr = (past.reshape(batch, groups * repeats, -1) @ self.token).view(batch, groups, repeats, -1)
         basis_BGrw = self.basis.unflatten(-1, (groups, -1)).transpose(1, 2)
         out = seen_BGnr @ basis_BGrw + own @ self.exact
-        made: Tensor = out if self.bias is None else out + self.bias.view(groups, 1, -1)
+        if self.bias is not None:  # beside sinks the weights sum to less than one
+            out = out + weights_BGnT.sum(-1, keepdim=True) * self.bias.view(groups, 1, -1)
+        made: Tensor = out
         return made
 
     def _formed(self, token: Tensor) -> Tensor:
@@ -90,19 +93,17 @@ def formed(x: Tensor | Factored) -> Tensor:
 
 
 def attend_to_factors(
-    query_BH1d: Tensor, key: Factored, value: Factored, mask: Tensor | None, scale: float, cap: float | None
+    query_BH1d: Tensor, key: Factored, value: Factored, mask: Tensor | None, scoring: Scoring
 ) -> Tensor:
     """Attention of one query, [B, 1, H, e], that forms `BLOCK` keys at a time and no values. `mask` as for `attend`."""
     batch, heads, _, _ = query_BH1d.shape
     groups = key.exact.shape[1]
-    query_BGnd = query_BH1d.reshape(batch, groups, heads // groups, -1) * scale
+    query_BGnd = query_BH1d.reshape(batch, groups, heads // groups, -1)
     size = None if torch.compiler.is_compiling() else BLOCK
-    scores = torch.cat([query_BGnd @ block.transpose(-1, -2) for block in key.blocks(size)], -1)
-    if cap is not None:
-        scores = cap * torch.tanh(scores / cap)
+    products_BGnT = torch.cat([query_BGnd @ block.transpose(-1, -2) for block in key.blocks(size)], -1)
     if mask is not None:
-        mask = mask[:, :, 0, : scores.shape[-1]]
+        mask = mask[:, :, 0, : products_BGnT.shape[-1]]
         mask = mask.unflatten(1, (groups, -1)) if mask.shape[1] == heads else mask.unsqueeze(1)
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    weights = torch.softmax(scores, -1, torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+        mask = mask.unsqueeze(-2)
+    weights = scoring.weights(products_BGnT.unsqueeze(-2), mask).squeeze(-2)
     return value.weighed(weights).reshape(batch, 1, heads, -1)

@@ -2,7 +2,8 @@
 
     q_h = W_q,h x + b_q,h      k_g = W_k,g x + b_k,g      v_g = W_v,g x + b_v,g      out = Σ_h W_o,h o_h + b_o
 
-with q and k turned by the angles of their positions, and the scores scaled and perhaps capped. Shapes: C hidden, H
+with q and k turned by the angles of their positions, and the scores scaled and perhaps capped. Where a model has them:
+norms of q, k and v, a score without a value for each head (`sinks`), and a gate on o_h. Shapes: C hidden, H
 query heads, G key heads (H a multiple of G, the heads of a group side by side), d key width, e value width.
 """
 
@@ -14,7 +15,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Affine", "AttentionLayer", "CallForm", "ConversionRefused", "Decoder", "HeadNormFacts", "Rotary"]
+__all__ = [
+    "Affine",
+    "AttentionLayer",
+    "CallForm",
+    "ConversionRefused",
+    "Decoder",
+    "GateFacts",
+    "HeadNormFacts",
+    "Rotary",
+]
 
 
 class ConversionRefused(ValueError):
@@ -53,7 +63,7 @@ class Rotary:
 
     half: the pairs are [i, i + width/2]; interleaved: [2i, 2i + 1]. `given` says how the model hands the angles of the
     width/2 pairs to its attention: each "once", in two "halves" or in "pairs". Pair i turns with angle
-    `frequencies[i]` of them; empty: with its own.
+    `frequencies[i]` of them; empty: with its own. Where it is `backwards` the angles are negative.
     """
 
     form: Literal["half", "interleaved"]
@@ -61,16 +71,27 @@ class Rotary:
     first: int = 0
     given: Literal["once", "halves", "pairs"] = "halves"
     frequencies: tuple[int, ...] = ()
+    backwards: bool = False
 
 
 @dataclass(frozen=True)
 class HeadNormFacts:
-    """A norm between a projection and the scores: its weight [heads, width], over each head or all of them together."""
+    """A norm after a projection: its weight and bias [heads, width], over each head or all of them together."""
 
     kind: Literal["rms", "layer"]
     weight: Tensor
     together: bool
     eps: float
+    after_rope: bool = False
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class GateFacts:
+    """What the heads give is multiplied by function(W x + b): weight [H, e, C], or [H, 1, C] for one number a head."""
+
+    made: Affine
+    function: str
 
 
 @dataclass(frozen=True)
@@ -104,6 +125,9 @@ class AttentionLayer:
     turns: int = 0
     query_norm: HeadNormFacts | None = None
     key_norm: HeadNormFacts | None = None
+    value_norm: HeadNormFacts | None = None
+    sinks: Tensor | None = None
+    gate: GateFacts | None = None
 
     @property
     def heads(self) -> int:

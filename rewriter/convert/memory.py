@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers import Affine, AttentionLayer, Rotary
-from .norms import HeadNorm
+from .norms import HeadNorm, turned_and_normed
 from .rotation import Turns, rotate
 
 __all__ = ["FullMemory", "Memory", "heads_of", "unturned_keys"]
@@ -64,12 +64,14 @@ class FullMemory(Memory):
         bias: tuple[bool, bool],
         rotary: Rotary | None,
         key_norm: dict[str, Any] | None = None,
+        value_norm: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(rotary)
         self.groups, self.key_width, self.value_width = groups, key_width, value_width
         self.key = nn.Linear(hidden, groups * key_width, bias[0])
         self.value = nn.Linear(hidden, groups * value_width, bias[1])
         self.key_norm = HeadNorm(**key_norm) if key_norm else None
+        self.value_norm = HeadNorm(**value_norm) if value_norm else None
 
     @classmethod
     def of(cls, layer: AttentionLayer) -> FullMemory:
@@ -83,7 +85,7 @@ class FullMemory(Memory):
                 layer.rotary,
             )
         made.key, made.value = layer.key.linear(), layer.value.linear()
-        made.key_norm = HeadNorm.of(layer.key_norm)
+        made.key_norm, made.value_norm = HeadNorm.of(layer.key_norm), HeadNorm.of(layer.value_norm)
         return made
 
     def settings(self) -> dict[str, object]:
@@ -94,13 +96,13 @@ class FullMemory(Memory):
             "value_width": self.value_width,
             "bias": [self.key.bias is not None, self.value.bias is not None],
             "key_norm": self.key_norm.settings() if self.key_norm is not None else None,
+            "value_norm": self.value_norm.settings() if self.value_norm is not None else None,
         }
 
     def new(self, hidden: Tensor, turns: Turns | None) -> tuple[Tensor, Tensor]:
-        key = heads_of(self.key(hidden), self.groups)
-        if self.key_norm is not None:
-            key = self.key_norm(key)
-        return self.turned(key, turns), heads_of(self.value(hidden), self.groups)
+        key, value = heads_of(self.key(hidden), self.groups), heads_of(self.value(hidden), self.groups)
+        key = turned_and_normed(key, turns, self.rotary, self.key_norm)
+        return key, value if self.value_norm is None else self.value_norm(value)
 
     def read(self, first: Tensor, second: Tensor, turns: Turns | None) -> tuple[Tensor, Tensor]:
         return first, second

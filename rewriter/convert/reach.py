@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from .attention import AttentionForm
+    from .scoring import Scoring
 
 __all__ = ["Reach"]
 
@@ -16,9 +16,16 @@ class Reach(nn.Module):
     """Attention of some heads to some keys; it also says what a cache holds for it."""
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, past: Any, form: AttentionForm
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        past: Any,
+        scoring: Scoring,
+        index: int,
     ) -> Tensor:
-        """[B, S, H, e], from the queries [B, H, S, d], keys [B, G, S, d] and values of this call."""
+        """[B, S, H, e], from the queries [B, H, S, d], keys [B, G, S, d] and values of this call, in layer `index`."""
         raise NotImplementedError
 
     def cache_layer(self, max_length: int | None) -> Any:

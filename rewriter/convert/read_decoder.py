@@ -7,6 +7,7 @@ read only if the attention that is put together from what was read gives the out
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from ..capture import capture
 from ..explain import call_through
 from ..normal_form import normalise
 from ..opening import decompositions
+from ..provenance import module_path
 from ..recognise import recognise
 from .attention import CACHES, ConvertedAttention
 from .layers import AttentionLayer, CallForm, ConversionRefused, Decoder
@@ -58,14 +60,21 @@ def read_decoder(model: nn.Module, probe: Tensor | None = None) -> Decoder:
         raise ConversionRefused(name, "it is an encoder with a decoder, which attends to another sequence than its own")
     probe = probe_tokens(model) if probe is None else probe
     found = _Look()
-    with torch.no_grad():
-        call_through(model, found, False, (), {"input_ids": probe, "use_cache": False})
+    try:
+        with torch.no_grad():
+            call_through(model, found, False, (), {"input_ids": probe, "use_cache": False})
+    except Exception as error:  # whatever the model's own code raises
+        what = f"it cannot be traced on token ids {list(probe.shape)}, alone and without a cache ({_line_of(error)})"
+        raise ConversionRefused(name, what, "Pass token ids that it takes as `probe`.") from error
     if not found.layers:
         first = found.refusals[0] if found.refusals else ConversionRefused(name, "no attention was recognised in it")
         raise first
     if found.refusals:
         raise found.refusals[0]
-    calls = _calls_of(model, [layer.path for layer in found.layers], probe)
+    paths = Counter(layer.path for layer in found.layers)
+    if again := next((path for path, count in paths.items() if count > 1), None):
+        raise ConversionRefused(again, f"it attends {paths[again]} times in one call, each with a cache of its own")
+    calls = _calls_of(model, list(paths), probe)
     angles: list[object] = []
     layers = []
     for layer in found.layers:
@@ -89,7 +98,14 @@ class _Look:
                 self.layers.append(LayerReader(normal, site, inputs).layer())
             except ConversionRefused as refusal:
                 self.refusals.append(refusal)
+            except RuntimeError as error:  # shapes that a part alone does not take
+                where = module_path(site.anchor) or "the model"
+                self.refusals.append(ConversionRefused(where, f"its weights cannot be read ({_line_of(error)})"))
         return gm.forward
+
+
+def _line_of(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:120]}"
 
 
 # ** how the model calls it **
@@ -99,8 +115,12 @@ def _calls_of(model: nn.Module, paths: Sequence[str], probe: Tensor) -> dict[str
     """One call of each module, run eagerly."""
     calls: dict[str, _Call] = {}
     handles = []
-    for path in dict.fromkeys(paths):
-        module = model.get_submodule(path)
+    for path in paths:
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            what = "no module of the model has this name; where its code breaks into several graphs, names are lost"
+            raise ConversionRefused(path, what) from None
         parameters = tuple(
             p.name for p in inspect.signature(module.forward).parameters.values() if p.kind != p.VAR_KEYWORD
         )
@@ -124,7 +144,7 @@ def _called(layer: AttentionLayer, model: nn.Module, call: _Call | None, angles:
     index = getattr(module, "layer_idx", None)
     if call is None or not call.parameters or not isinstance(call.given.get(call.parameters[0]), Tensor):
         raise ConversionRefused(layer.path, "its module is not called with hidden states first")
-    if index is None or not any(name in call.parameters for name in CACHES):
+    if index is None or not any(name in call.parameters or name in call.given for name in CACHES):
         raise ConversionRefused(
             layer.path, "its module takes no cache of transformers, or does not know its place in it"
         )
@@ -169,7 +189,8 @@ def _spellings(layer: AttentionLayer, angles: object) -> list[AttentionLayer]:
     ways: tuple[Literal["halves", "pairs", "once"], ...] = ("halves", "pairs", "once")
     rotaries = [replace(layer.rotary, given=way) for way in ways]
     fitting = [rotary for rotary in rotaries if 2 * turns_of(angles, rotary)[0].shape[-1] == rotary.width]
-    return [replace(layer, rotary=rotary) for rotary in fitting]
+    both = [replace(rotary, backwards=backwards) for backwards in (False, True) for rotary in fitting]
+    return [replace(layer, rotary=rotary) for rotary in both]
 
 
 def _refuse_sharing(model: nn.Module, layers: Sequence[AttentionLayer]) -> None:

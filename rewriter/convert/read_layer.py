@@ -15,23 +15,19 @@ from torch import Tensor, fx
 
 from ..axes import Dim, flat, size_of
 from ..canonical import width_of
-from ..contractions import contraction
-from ..layouts import is_cast, is_tensor, layout_step
+from ..layouts import layout_step
 from ..origins.low_rank import low_rank
 from ..origins.pieces import Norm, Origin, Projection, Reading, Rope, origins
 from ..origins.walk import find_producer
 from ..provenance import module_path
-from ..score_form import ScoreForm, score_form, unusual_weights
+from ..score_form import ScoreForm, readable_sinks, score_form, sink_of_heads, unusual_weights
 from ..sites import AttentionSite, Operand
 from .layers import Affine, AttentionLayer, CallForm, ConversionRefused, HeadNormFacts, Rotary
 from .linear_maps import Function, affine_map, part_of, without_biases
 from .norms import read_norm
+from .read_output import read_output
 
 __all__ = ["LayerReader"]
-
-aten = torch.ops.aten
-
-_PASSES = {aten.dropout.default, aten.clone.default, aten.detach.default, aten.contiguous.default}
 
 
 class LayerReader:
@@ -56,8 +52,10 @@ class LayerReader:
             raise self.refuse(weights.reason)
         if len(site.terms) != 1:
             raise self.refuse("its scores are a sum of several products")
-        if scores.sinks or scores.scale_by:
-            raise self.refuse("it has learned sinks" if scores.sinks else "its scores are scaled by a tensor")
+        if scores.scale_by:
+            raise self.refuse("its scores are scaled by a tensor")
+        if (unreadable := readable_sinks(scores, site)) is not None:
+            raise self.refuse(unreadable.reason)
         if not scores.masks and not (site.call is not None and (site.call.causal or site.call.mask is not None)):
             raise self.refuse("its queries see the keys that follow them, as in an encoder")
         scale = scores.scale
@@ -72,11 +70,22 @@ class LayerReader:
         query = self._projection(source, site.query, found.query, "query", axes.heads + axes.groups, width_of(site))
         key = self._projection(source, site.key, found.key, "key", axes.heads, width_of(site))
         value = self._projection(source, site.value, found.value, "value", axes.heads, axes.value_width)
-        call = CallForm((), 0, -1)
-        output = self._output()
-        norms = self._norm(found.query, query.weight), self._norm(found.key, key.weight)
+        output, gate = read_output(self.gm, site, self.inputs, source, self.path or "the model")
         return AttentionLayer(
-            self.path, query, key, value, output, self._rotary(), scale, scores.cap, call, 0, norms[0], norms[1]
+            self.path,
+            query,
+            key,
+            value,
+            output,
+            self._rotary(),
+            scale,
+            scores.cap,
+            CallForm((), 0, -1),
+            query_norm=self._norm(found.query, query.weight),
+            key_norm=self._norm(found.key, key.weight),
+            value_norm=self._norm(found.value, value.weight),
+            sinks=self._sinks(scores),
+            gate=gate,
         )
 
     def _named(self) -> list[tuple[str, Origin]]:
@@ -87,8 +96,6 @@ class LayerReader:
         projection = next((piece for piece in origin if isinstance(piece, Projection)), None)
         if projection is None or not projection.learned:
             raise self.refuse(f"the {which} comes from no projection with a weight")
-        if which == "value" and self._norms(origin):
-            raise self.refuse("a norm stands between the projection of the values and the attention")
         node = projection.source
         while (step := layout_step(node)) is not None:
             node = step.source
@@ -119,8 +126,27 @@ class LayerReader:
         run = part_of(self.gm, source, norm.node, self.inputs)
         found = read_norm(run, empty, norm.kind, weight.shape[0], weight.shape[1])
         if found is None:
-            raise self.refuse("a norm of its queries or keys is neither over one head nor over all of them")
-        return found
+            raise self.refuse("a norm of its queries, keys or values is neither over one head nor over all of them")
+        pieces = list(origin)
+        rope = next((piece for piece in pieces if isinstance(piece, Rope)), None)
+        return replace(found, after_rope=rope is not None and pieces.index(norm) < pieces.index(rope))
+
+    def _sinks(self, scores: ScoreForm) -> Tensor | None:
+        """[H], of every query head."""
+        if not scores.sinks:
+            return None
+        site, (step,) = self.site, scores.sinks
+        heads = site.axes.heads + site.axes.groups
+        count = int(size_of(heads))
+        if not isinstance(step.sink, fx.Node):
+            return torch.full((count,), step.sink)
+        found = sink_of_heads(step, site)
+        assert found is not None
+        node, layout = found
+        made = part_of(self.gm, site.query.node, node, self.inputs)(torch.zeros((), dtype=node.meta["val"].dtype))
+        axes = flat(layout)
+        by_axis = made.reshape([int(axis.size) if axis in axes else 1 for axis in flat((heads,))])
+        return by_axis.expand([int(axis.size) for axis in flat((heads,))]).reshape(count)
 
     def _ropes(self) -> tuple[Rope | None, Rope | None]:
         pair = [next((p for p in origin if isinstance(p, Rope)), None) for _, origin in self._named()[:2]]
@@ -178,33 +204,6 @@ class LayerReader:
             raise self.refuse(f"the {which} is no linear map of the hidden states")
         return found
 
-    def _output(self) -> Affine:
-        """[C, H, e] from the heads to what follows them."""
-        site, axes = self.site, self.site.axes
-        end = _linear_after(site.output)
-        if end is None:
-            raise self.refuse("what follows the attention is not a linear layer by itself")
-        like = site.output.meta["val"]
-        heads, width = axes.heads + axes.groups, axes.value_width
-        layout = site.space.resolve_layout(site.output_layout)
-        count, columns = int(size_of(heads)), int(size_of(width))
-        batch, tokens = int(size_of(axes.batch)), int(size_of(axes.queries))
-
-        def function(inputs: dict[fx.Node, Any]) -> Function:
-            run = part_of(self.gm, site.output, end, inputs)
-
-            def outputs(x: Tensor) -> Tensor:
-                placed = _placed(x, (axes.batch, axes.queries, heads, width), layout)
-                return run(placed.reshape(like.shape)).reshape(batch, tokens, -1)
-
-            return outputs
-
-        empty = torch.empty((batch, tokens, count * columns), dtype=like.dtype, device=like.device)
-        found = affine_map(function(self.inputs), function(without_biases(self.inputs)), empty)
-        if found is None:
-            raise self.refuse("what follows the attention is no linear map of its heads")
-        return Affine(found.weight.view(-1, count, columns), found.bias)
-
 
 def _arranged(x: Tensor, layout: Sequence[Dim], order: Sequence[Dim]) -> Tensor:
     """A tensor with a dimension for each entry of `order`; other axes are repetitions, of which one is taken."""
@@ -215,32 +214,3 @@ def _arranged(x: Tensor, layout: Sequence[Dim], order: Sequence[Dim]) -> Tensor:
     x = x[tuple(slice(None) if axis in wanted else 0 for axis in axes)]
     x = x.permute([kept.index(axis) for axis in wanted])
     return x.reshape([int(size_of(dim)) for dim in order])
-
-
-def _placed(x: Tensor, order: Sequence[Dim], layout: Sequence[Dim]) -> Tensor:
-    """The reverse of `_arranged`."""
-    axes, wanted = flat(order), flat(layout)
-    x = x.reshape([int(axis.size) for axis in axes])
-    return x.permute([axes.index(axis) for axis in wanted])
-
-
-def _linear_after(node: fx.Node) -> fx.Node | None:
-    """The projection that reads the heads, with its bias; None where anything else does."""
-    while True:
-        users = [user for user in node.users if is_tensor(user)]
-        if len(users) != 1:
-            return None
-        node = users[0]
-        if contraction(node) is not None:
-            break
-        if layout_step(node) is None and not is_cast(node) and node.target not in _PASSES:
-            return None
-    while len(users := [user for user in node.users if is_tensor(user)]) == 1:
-        step = layout_step(users[0])
-        added = users[0].target in {aten.add.Tensor} and any(
-            n.op in ("placeholder", "get_attr") for n in users[0].all_input_nodes
-        )
-        if step is None and not added:
-            break
-        node = users[0]
-    return node

@@ -28,6 +28,8 @@ from .calibrate import Calibration
 from .layers import Decoder
 from .memory import FullMemory
 from .norms import HeadNorm
+from .output_gate import OutputGate
+from .scoring import Sinks
 
 __all__ = ["Needs", "Recipe", "part", "part_named", "recipe", "recipes"]
 
@@ -93,5 +95,5 @@ def _load() -> None:
             log.warning("latent: %s of group latent.recipes could not be imported: %s", entry.value, error)
 
 
-part(FullMemory)
-part(HeadNorm)
+for own in (FullMemory, HeadNorm, OutputGate, Sinks):
+    part(own)

@@ -26,7 +26,7 @@ def turns_of(position_embeddings: object, rotary: Rotary) -> Turns:
         cos, sin = cos[..., :half], sin[..., :half]
     elif rotary.given == "pairs":
         cos, sin = cos[..., ::2], sin[..., ::2]
-    return cos, sin
+    return cos, -sin if rotary.backwards else sin
 
 
 def rotate(x_BNSd: Tensor, turns: Turns, rotary: Rotary) -> Tensor:

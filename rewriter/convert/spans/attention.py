@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..attention import attend
+from ..scoring import Scoring
 from .span import Span, seen, seen_in_band
 
 __all__ = ["AtHand", "Keys", "attend_spans", "rows_at"]
@@ -60,16 +61,16 @@ class AtHand:
     reach: int | None
 
 
-def attend_spans(query_BHSd: Tensor, hand: AtHand, mask: Tensor | None, scale: float, cap: float | None) -> Tensor:
+def attend_spans(query_BHSd: Tensor, hand: AtHand, mask: Tensor | None, scoring: Scoring) -> Tensor:
     """[B, S, H, e]. `mask` is the call's own, [B or 1, 1, S, all tokens]: what it hides stays hidden."""
     if hand.reach is None:
-        return attend(query_BHSd, hand.held.key, hand.held.value, mask, scale, cap)
+        return attend(query_BHSd, hand.held.key, hand.held.value, mask, scoring)
     made = []
     for rows, keys in _blocks(hand, query_BHSd.shape[2]):
         key, value = (torch.cat([getattr(k, name) for k in keys], 2) if len(keys) > 1 else getattr(keys[0], name)
                       for name in ("key", "value"))  # fmt: skip
         both = torch.cat([_mask(hand, rows, k, mask) for k in keys], -1)
-        made.append(attend(query_BHSd[:, :, rows], key, value, both, scale, cap))
+        made.append(attend(query_BHSd[:, :, rows], key, value, both, scoring))
     return torch.cat(made, 1) if len(made) > 1 else made[0]
 
 

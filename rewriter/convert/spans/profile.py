@@ -23,7 +23,6 @@ from ..calibrate import Calibration
 from ..layers import Decoder
 from ..memory import heads_of
 from ..read_decoder import read_decoder
-from ..rotation import rotate
 from .span import Span, seen
 
 __all__ = ["SpanProfile", "influence", "profile_spans", "recall_gain", "retrieval_scores"]
@@ -81,6 +80,10 @@ def _weights_and_gradients(
                 handle.remove()
     for attention, call, gradient in zip(attentions, calls, gradients, strict=True):
         weights, value = _weights(attention, call)
+        if (gate := attention.output_gate) is not None:
+            hidden = call[attention.form.call.parameters[0]]
+            with torch.no_grad():
+                gradient = (gradient.unflatten(-1, (gate.heads, -1)) * gate.factor(hidden)).flatten(2)
         by_head = heads_of(gradient, attention.form.heads).float()
         yield weights, by_head @ value.float().transpose(-1, -2)
 
@@ -97,24 +100,16 @@ def _with_probe(probes: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]
 
 def _weights(attention: ConvertedAttention, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The weights of attention [B, H, S, S] in a call, and the values of every head."""
-    form = attention.form
-    hidden, mask = given[form.call.parameters[0]], given.get("attention_mask")
+    hidden, mask = given[attention.form.call.parameters[0]], given.get("attention_mask")
     turns = attention.turns(given)
     with torch.no_grad():
-        query = heads_of(attention.query(hidden), form.heads)
-        if form.rotary is not None and turns is not None:
-            query = rotate(query, turns, form.rotary)
+        query = attention.queries(hidden, turns)
         key, value = attention.memory.read(*attention.memory.new(hidden, turns), turns)
-        repeats = form.heads // key.shape[1]
-        scores = (query @ key.repeat_interleave(repeats, 1).transpose(-1, -2)).float() * form.scale
-        if form.cap is not None:
-            scores = form.cap * torch.tanh(scores / form.cap)
-        if mask is None or mask.dtype == torch.bool:
-            shown = torch.ones_like(scores[:1, :1], dtype=torch.bool).tril() if mask is None else mask
-            scores = scores.masked_fill(~shown, torch.finfo(scores.dtype).min)
-        else:
-            scores = scores + mask
-        return scores.softmax(-1), value.repeat_interleave(repeats, 1)
+        repeats = query.shape[1] // key.shape[1]
+        products = (query @ key.repeat_interleave(repeats, 1).transpose(-1, -2)).float()
+        if mask is None:
+            mask = torch.ones(products.shape[-2:], dtype=torch.bool, device=products.device).tril()
+        return attention.scoring.weights(products, mask), value.repeat_interleave(repeats, 1)
 
 
 @contextlib.contextmanager
