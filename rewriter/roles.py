@@ -73,7 +73,7 @@ def roles_of(
     )
 
 
-def _told_apart_by_sinks(steps: Sequence[ScoreStep], space: AxisSpace) -> set[Axis]:
+def _told_apart_by_sinks(steps: Sequence[ScoreStep], space: AxisSpace) -> frozenset[Axis]:
     sinks = [(s.sink, s.layout) for s in steps if isinstance(s, Sink) and isinstance(s.sink, fx.Node)]
     return space.axes(*(peel(sink, layout, space).chain[-1][1] for sink, layout in sinks))
 

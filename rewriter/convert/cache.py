@@ -6,6 +6,9 @@
 
 Every layer holds the two tensors of its memory. Angles of the cached tokens, which memories that turn their keys late
 need, are held once for all layers that share them.
+
+A model that was not converted has such a cache if it makes its keys and values of a latent and hands them to its cache
+in full: kept are the latents. They are read when the cache is made, which takes seconds: `reset` it for another text.
 """
 
 from __future__ import annotations
@@ -17,7 +20,11 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
+from ..compat import mark_static_address
 from .attention import ConvertedAttention
+from .layers import ConversionRefused
+from .own_latents import OwnLatent
+from .read_latents import read_latents
 from .rotation import Turns
 
 __all__ = ["FixedLayer", "GrowingLayer", "LatentCache"]
@@ -47,6 +54,14 @@ class FixedLayer(StaticLayer):
 
     is_croppable = True
 
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        if value_states.shape[1] != key_states.shape[1]:  # of which the layer above makes as many
+            self.values = self.keys.new_zeros(*value_states.shape[:2], self.max_cache_len, value_states.shape[-1])
+            if not torch.compiler.is_compiling():
+                mark_static_address(self.values)
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         _refuse_other_rows(self, key_states, value_states)
         return super().update(key_states, value_states)
@@ -73,6 +88,41 @@ class FixedLayer(StaticLayer):
         return [t for t in (self.keys, self.values, self.cumulative_length) if t is not None]
 
 
+class GrowingLatents(GrowingLayer):
+    """The latents of keys and values that a model hands over in full; those of all tokens are made of them."""
+
+    def __init__(self, latent: OwnLatent) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.latent = latent
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        _refuse_unexplained(self, key_states, value_states)
+        return self.latent.made(*super().update(*self.latent.kept(key_states, value_states)))
+
+
+class FixedLatents(FixedLayer):
+    """The same in buffers that are written in place."""
+
+    def __init__(self, latent: OwnLatent, max_length: int) -> None:
+        super().__init__(max_length)
+        self.latent = latent
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        _refuse_unexplained(self, key_states, value_states)
+        return self.latent.made(*super().update(*self.latent.kept(key_states, value_states)))
+
+
+def _refuse_unexplained(layer: GrowingLatents | FixedLatents, key: Tensor, value: Tensor) -> None:
+    """Before the first tokens: keys and values that the latent does not explain would be lost."""
+    if torch.compiler.is_compiling() or layer.is_initialized:
+        return
+    if (error := layer.latent.error(key, value)) > max(16 * torch.finfo(key.dtype).eps, 1e-4):
+        raise ValueError(
+            f"LatentCache: keys and values are not made of the latent that was read (relative error {error:.1e}). It "
+            "was made for another model, or the weights have changed since: make another cache."
+        )
+
+
 def _refuse_other_rows(layer: Any, first: Tensor, second: Tensor) -> None:
     for held, new in ((layer.keys, first), (layer.values, second)):
         if held is None:
@@ -90,18 +140,22 @@ def _refuse_other_rows(layer: Any, first: Tensor, second: Tensor) -> None:
 
 
 class LatentCache(Cache):
-    """A cache of transformers for a converted model. Raises ValueError for any other model."""
+    """A cache of transformers for a converted model, or for one that makes keys and values of latents of its own.
+
+    Raises ValueError for any other model.
+    """
 
     def __init__(self, model: nn.Module, max_length: int | None = None) -> None:
         attentions = sorted(
             (module for module in model.modules() if isinstance(module, ConvertedAttention)),
             key=lambda module: module.form.call.index,
         )
-        _refuse_unconverted(model, [attention.form.call.index for attention in attentions])
+        _refuse_in_part(model, [attention.form.call.index for attention in attentions])
         if max_length is not None and max_length < 1:
             raise ValueError(f"LatentCache: max_length is {max_length}; give the number of tokens that it should hold.")
         self.max_length = max_length
-        super().__init__(layers=[self._layer_of(attention) for attention in attentions])
+        layers = [self._layer_of(attention) for attention in attentions]
+        super().__init__(layers=layers or [self._own(latent) for latent in _latents_of(model)])
         for layer in self.layers:
             if hasattr(layer, "join"):
                 layer.join(self.layers)
@@ -124,6 +178,9 @@ class LatentCache(Cache):
     def _layer(self) -> Any:
         return GrowingLayer() if self.max_length is None else FixedLayer(self.max_length)  # type: ignore[no-untyped-call]
 
+    def _own(self, latent: OwnLatent) -> Any:
+        return GrowingLatents(latent) if self.max_length is None else FixedLatents(latent, self.max_length)
+
     def keep(
         self, first: Tensor, second: Tensor, turns: Turns | None, mask: Tensor | None, layer_idx: int
     ) -> tuple[Any, Any, Turns | None]:
@@ -135,7 +192,11 @@ class LatentCache(Cache):
         return *super().update(first, second, layer_idx, mask), turns
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """Raises ValueError: only attentions that were not converted call it."""
+        """For attentions that were not converted. Raises ValueError where they have no latent of their own."""
+        if layer_idx < len(self.layers) and isinstance(self.layers[layer_idx], GrowingLatents | FixedLatents):
+            if layer_idx == 0 and not torch.compiler.is_compiling():
+                self._refuse_overflow(key_states.shape[-2])
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         raise ValueError(
             f"LatentCache: layer {layer_idx} gave it keys and values, so it is not converted and they would be kept in "
             "full. Pass the model that latent.convert returned, or use a cache of transformers."
@@ -214,15 +275,23 @@ def _tensors(values: Iterable[object]) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _refuse_unconverted(model: nn.Module, indices: Sequence[int]) -> None:
-    """Every layer of the model must be converted, or the others would find no place."""
-    name = type(model).__name__
-    if not indices:
+def _latents_of(model: nn.Module) -> list[OwnLatent]:
+    """Of a model without converted attentions."""
+    try:
+        return read_latents(model)
+    except ConversionRefused as reason:
         raise ValueError(
-            f"LatentCache: {name} has no converted attention, so there is nothing small to keep: its layers hand keys "
-            "and values to a cache in full, also where they are made of a latent. "
-            "Convert it first: model = latent.convert(model, recipe, ...); or use a cache of transformers."
-        )
+            f"LatentCache: {type(model).__name__} has no converted attention, and no latent of its own that its cache "
+            f"could keep ({reason}). Convert it first: model = latent.convert(model, recipe, ...); or use a cache of "
+            "transformers."
+        ) from reason
+
+
+def _refuse_in_part(model: nn.Module, indices: Sequence[int]) -> None:
+    """Where some layers are converted all must be, or the others would find no place."""
+    if not indices:
+        return
+    name = type(model).__name__
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     count = getattr(text, "num_hidden_layers", None) or max(indices) + 1

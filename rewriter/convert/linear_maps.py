@@ -6,15 +6,16 @@ to zero it is so exactly: every product with a unit vector is one weight, and th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from ..axes import Dim, flat, size_of
 from .layers import Affine
 
-__all__ = ["Function", "affine_map", "part_of", "without_biases"]
+__all__ = ["Function", "affine_map", "arranged", "part_of", "placed_as", "without_biases"]
 
 Function = Callable[[Tensor], Tensor]
 
@@ -92,3 +93,21 @@ def _affine_map(function: Function, linear: Function, like: Tensor) -> Affine | 
     if error > max(8 * torch.finfo(like.dtype).eps, 1e-5):  # parts of a wide model may run in float32
         return None
     return Affine(weight.contiguous(), bias if bool(bias.any()) else None)
+
+
+def arranged(x: Tensor, layout: Sequence[Dim], order: Sequence[Dim]) -> Tensor:
+    """A tensor with a dimension for each entry of `order`; other axes are repetitions, of which one is taken."""
+    axes = flat(layout)
+    x = x.reshape([int(axis.size) for axis in axes])
+    wanted = flat(order)
+    kept = [axis for axis in axes if axis in wanted]
+    x = x[tuple(slice(None) if axis in wanted else 0 for axis in axes)]
+    x = x.permute([kept.index(axis) for axis in wanted])
+    return x.reshape([int(size_of(dim)) for dim in order])
+
+
+def placed_as(x: Tensor, order: Sequence[Dim], layout: Sequence[Dim]) -> Tensor:
+    """A tensor with a dimension for each entry of `order`, in another layout of the same axes."""
+    axes, wanted = flat(order), flat(layout)
+    x = x.reshape([int(axis.size) for axis in axes])
+    return x.permute([axes.index(axis) for axis in wanted])

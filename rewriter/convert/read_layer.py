@@ -6,7 +6,6 @@ made of, so that merged, scaled and reordered weights are read alike.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +22,7 @@ from ..provenance import module_path
 from ..score_form import ScoreForm, readable_sinks, score_form, sink_of_heads, unusual_weights
 from ..sites import AttentionSite, Operand
 from .layers import Affine, AttentionLayer, CallForm, ConversionRefused, HeadNormFacts, Rotary
-from .linear_maps import Function, affine_map, part_of, without_biases
+from .linear_maps import Function, affine_map, arranged, part_of, without_biases
 from .norms import read_norm
 from .read_output import read_output
 
@@ -193,7 +192,7 @@ class LayerReader:
 
         def function(inputs: dict[fx.Node, Any]) -> Function:
             run = part_of(self.gm, source, operand.node, inputs | self._unturned(), skipped)
-            return lambda x: _arranged(run(x), layout, (axes.batch, tokens, heads, width))
+            return lambda x: arranged(run(x), layout, (axes.batch, tokens, heads, width))
 
         like = source.meta["val"]
         if like.ndim != 3:
@@ -203,14 +202,3 @@ class LayerReader:
         if found is None:
             raise self.refuse(f"the {which} is no linear map of the hidden states")
         return found
-
-
-def _arranged(x: Tensor, layout: Sequence[Dim], order: Sequence[Dim]) -> Tensor:
-    """A tensor with a dimension for each entry of `order`; other axes are repetitions, of which one is taken."""
-    axes = flat(layout)
-    x = x.reshape([int(axis.size) for axis in axes])
-    wanted = flat(order)
-    kept = [axis for axis in axes if axis in wanted]
-    x = x[tuple(slice(None) if axis in wanted else 0 for axis in axes)]
-    x = x.permute([kept.index(axis) for axis in wanted])
-    return x.reshape([int(size_of(dim)) for dim in order])

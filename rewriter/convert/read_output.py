@@ -6,20 +6,20 @@ out = W_o (o · f(W_g x)) + b_o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from ..axes import Dim, flat, size_of
+from ..axes import size_of
 from ..contractions import contraction
 from ..layouts import is_cast, is_tensor, layout_step
 from ..nodes import args_of
 from ..sites import AttentionSite
 from .layers import Affine, ConversionRefused, GateFacts
-from .linear_maps import Function, affine_map, part_of, without_biases
+from .linear_maps import Function, affine_map, part_of, placed_as, without_biases
 
 __all__ = ["read_output"]
 
@@ -27,7 +27,7 @@ aten = torch.ops.aten
 
 _PASSES = {aten.dropout.default, aten.clone.default, aten.detach.default, aten.contiguous.default}
 
-_GATES = {
+_GATES: dict[Any, str] = {
     aten.sigmoid.default: "sigmoid",
     aten.softplus.default: "softplus",
     aten.silu.default: "silu",
@@ -75,7 +75,7 @@ class _OutputReader:
             run = part_of(self.gm, site.output, end, inputs, skipped)
 
             def outputs(x: Tensor) -> Tensor:
-                placed = _placed(x, (axes.batch, axes.queries, heads, width), layout)
+                placed = placed_as(x, (axes.batch, axes.queries, heads, width), layout)
                 return run(placed.reshape(like.shape)).reshape(batch, tokens, -1)
 
             return outputs
@@ -94,7 +94,7 @@ class _OutputReader:
         sizes = [int(size_of(dim)) for dim in order]
         like = site.output.meta["val"]
         numbers = torch.arange(math.prod(sizes), dtype=torch.float64, device=like.device).view(sizes)
-        placed = _placed(numbers, order, site.space.resolve_layout(site.output_layout)).reshape(like.shape)
+        placed = placed_as(numbers, order, site.space.resolve_layout(site.output_layout)).reshape(like.shape)
         casts = {node: args_of(node)[0] for node in gate.way if is_cast(node)}
         places = part_of(self.gm, site.output, gate.heads, self.inputs, casts)(placed).long().flatten()
         ones = torch.ones(tuple(gate.heads.meta["val"].shape), dtype=like.dtype, device=like.device)
@@ -119,13 +119,6 @@ class _OutputReader:
         if bool((found.weight == found.weight[:, :1]).all()):  # one number for each head
             found = Affine(found.weight[:, :1], None if found.bias is None else found.bias[:, :1])
         return GateFacts(found, _GATES[gate.function.target])
-
-
-def _placed(x: Tensor, order: Sequence[Dim], layout: Sequence[Dim]) -> Tensor:
-    """A tensor with a dimension for each entry of `order`, in another layout of the same axes."""
-    axes, wanted = flat(order), flat(layout)
-    x = x.reshape([int(axis.size) for axis in axes])
-    return x.permute([axes.index(axis) for axis in wanted])
 
 
 @dataclass(frozen=True)

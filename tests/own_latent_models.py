@@ -1,0 +1,83 @@
+"""Models of transformers whose attention makes keys and values of a latent and caches them in full."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, rotate_half
+from zoo.build import randomise
+
+
+class Expanded(nn.Module):
+    """Latent attention as the first published code of DeepSeek-V2 has it: the cache holds keys of every head."""
+
+    def __init__(self, config: LlamaConfig, layer_idx: int, **ways: Any) -> None:
+        super().__init__()
+        heads, hidden = config.num_attention_heads, config.hidden_size
+        self.layer_idx, self.heads, self.ways = layer_idx, heads, ways
+        self.rank, self.plain, self.turned, self.value = 12, 8, ways.get("turned", 4), 6
+        self.groups, self.ropes = ways.get("groups", heads), ways.get("ropes", 1)
+        self.q_a, self.q_norm = nn.Linear(hidden, 20, bias=False), LlamaRMSNorm(20)
+        self.q_b = nn.Linear(20, heads * (self.plain + self.turned))
+        self.kv_a = nn.Linear(hidden, self.rank + self.ropes * self.turned)
+        self.kv_norm = LlamaRMSNorm(self.rank)
+        self.kv_b = nn.Linear(self.rank, self.groups * (self.plain + self.value), bias=ways.get("bias", False))
+        self.k_norm = LlamaRMSNorm(self.plain)
+        self.out = nn.Linear(heads * self.value, hidden)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Any = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        batch, tokens, _ = hidden_states.shape
+        query = self.q_b(self.q_norm(self.q_a(hidden_states))).view(batch, tokens, self.heads, -1).transpose(1, 2)
+        latent, rope = self.kv_a(hidden_states).split((self.rank, self.ropes * self.turned), -1)
+        both = self.kv_b(self.kv_norm(latent)).view(batch, tokens, self.groups, -1).transpose(1, 2)
+        key, value = both.split((self.plain, self.value), -1)
+        if self.ways.get("norm"):
+            key = self.k_norm(key)
+        cos, sin = (t[..., : self.turned].unsqueeze(1) for t in position_embeddings)
+        plain, turned = query.split((self.plain, self.turned), -1)
+        if self.turned:
+            turned = turned * cos + rotate_half(turned) * sin
+            rope = rope.view(batch, tokens, self.ropes, -1).transpose(1, 2)
+            rope = (rope * cos + rotate_half(rope) * sin).expand(-1, self.groups, -1, -1)
+            parts = [(turned, plain), (rope, key)] if self.ways.get("first") else [(plain, turned), (key, rope)]
+            query, key = (torch.cat(part, -1) for part in parts)
+        else:
+            query = plain
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        key, value = (x.repeat_interleave(self.heads // self.groups, 1) for x in (key, value))
+        scores = query @ key.transpose(2, 3) * (self.plain + self.turned) ** -0.5
+        if attention_mask is not None:
+            scores = scores + attention_mask[..., : key.shape[-2]]
+        heads = torch.softmax(scores, -1) @ value
+        return self.out(heads.transpose(1, 2).reshape(batch, tokens, -1)), None
+
+
+def expanded(dtype: torch.dtype = torch.float64, layers: int = 2, **ways: Any) -> Any:
+    """`turned` columns of the keys have positions, `first` or behind, and `ropes` heads; `groups`, `bias`, `norm`."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=8192,
+        pad_token_id=0,
+        attn_implementation="eager",
+    )
+    model = LlamaForCausalLM(config)
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn = Expanded(config, index, **ways)
+    randomise(model, seed=0)
+    return model.to(dtype).eval()
