@@ -68,14 +68,16 @@ class Plan:
         """Whether keys and values are made of the same tensor."""
         if self.key is None or self.value is None:
             return False
-        key, value, site = self.key, self.value, self.site
+        key, value = self.key, self.value
         if (key.tokens and key.tokens.start) != (value.tokens and value.tokens.start):
             return False
-        pairs = ((key.latent_width, value.latent_width), (key.keys(site), value.keys(site)))
-        same = {a: b for one, other in pairs for a, b in zip(one, other, strict=False)}
-        root, layout = key.latent.chain[-1]
-        layout = tuple(tuple(same.get(a, a) for a in dim) for dim in site.space.resolve_layout(layout))
-        return (root, layout) == (value.latent.root, site.space.resolve_layout(value.latent.chain[-1][1]))
+        return key.latent.root is value.latent.root and self._marked(key) == self._marked(value)
+
+    def _marked(self, part: Factored) -> list[object]:
+        """The layout of a latent, its width and its tokens by name: two walks call them differently."""
+        space = self.site.space
+        named = {space.resolve(part.latent_width): "width", part.keys(self.site): "tokens"}
+        return [named.get(dim, dim) for dim in space.resolve_layout(part.latent.chain[-1][1])]
 
     @property
     def key_bias(self) -> bool:

@@ -165,9 +165,16 @@ def _einsum(node: fx.Node) -> Contraction | None:
     if not set(out) <= set(a) | set(b):
         return None
     alone = (set(a) ^ set(b)) - set(out)
-    if alone:  # summed over one operand only: not a plain product
+    of_one = {
+        label
+        for labels, operand in zip((a, b), pair, strict=True)
+        for label, size in zip(labels, shape_of(operand), strict=True)
+        if same_size(size, 1)
+    }
+    if alone - of_one:  # summed over one operand only: not a plain product
         return None
-    return _broadcast(Contraction(node, pair[0], pair[1], a, b, out))
+    first, second = (tuple(None if label in alone else label for label in labels) for labels in (a, b))
+    return _broadcast(Contraction(node, pair[0], pair[1], first, second, out))
 
 
 def _letters(term: str, rank: int, spread: int) -> tuple[str, ...]:

@@ -3,8 +3,9 @@
     key[b h j d]   =   sum_c  up[h d c] latent[b j c] + bias[h d]        for each part of the width d
 
 The walk goes against the data from the operand through layout operations, casts, joins along the width and numbers that
-scale, up to a contraction with a tensor that has neither batch nor key axes. What is met before such a contraction is
-left whole: a rotated part, or a cache of expanded keys.
+scale, up to a contraction with a tensor that has neither batch nor key axes: its weights are views of the model's. What
+is met before such a contraction may be an `image` of a latent all the same; else it is left whole, as a rotated part or
+a cache of expanded keys.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import fx
 from .axes import Axis, AxisSpace, Dim, Layout, Size, same_size, size_of
 from .contractions import Contraction, contraction
 from .factored import Cut, Factor, Factored, Whole
+from .images import image
 from .layouts import Part, is_cast, is_tensor, layout_step, shape_of
 from .nodes import args_of, argument
 from .roles import peel
@@ -29,7 +31,20 @@ aten = torch.ops.aten
 def factor(operand: Operand, width: Dim, site: AttentionSite) -> tuple[Factor, ...]:
     """The parts of an operand's width, in order."""
     start = _State(operand.node, operand.layout, 0, width)
-    return tuple(_walk(start, site))
+    return tuple(_narrowest(part, site) for part in _walk(start, site))
+
+
+def _narrowest(part: Factored | Whole, site: AttentionSite) -> Factor:
+    """The part as an image of a latent, where no weights were met or the tensor that they are applied to is wider."""
+    made = image(part.left_whole() if isinstance(part, Factored) else part, site)
+    if made is None or (isinstance(part, Factored) and not _narrower(made, part)):
+        return part
+    return made
+
+
+def _narrower(one: Factored, other: Factored) -> bool:
+    a, b = size_of(one.latent_width), size_of(other.latent_width)
+    return isinstance(a, int) and isinstance(b, int) and a < b and not other.padding
 
 
 @dataclass(frozen=True)

@@ -243,7 +243,7 @@ class MlaMergedAdapter(MlaAdapter):
         return self.attention(self.query(x), torch.cat([content, rotary[:, None].expand(-1, H, -1, -1)], -1), value)
 
 
-@latent("expanded", "none", "heads are linear layers of their own, stacked: no one weight makes them")
+@expanded("heads are linear layers of their own, stacked: no one weight makes them")
 class MlaHeadModules(Layer):
     """A linear layer for each head; what they give is stacked."""
 
