@@ -243,9 +243,12 @@ def _shared(plan: Plan, whole: Whole) -> bool:
 
 
 def _reads(plan: Plan) -> tuple[tuple[fx.Node, fx.Node], ...]:
-    """The tensors that the replacement reads, and where they were read before."""
+    """The tensors that the replacement reads and where they were read before, and those that it does without."""
+    site = plan.site
     parts = tuple(read for part in plan.parts for read in part.reads())
-    return parts + tuple((whole.end, whole.reader) for _, whole in plan.rest)
+    made = ((site.terms[plan.term].key, plan.key), (site.value, plan.value))
+    roots = tuple((operand.root, operand.root) for operand, part in made if part is not None)
+    return parts + roots + tuple((whole.end, whole.reader) for _, whole in plan.rest)
 
 
 # ** build **

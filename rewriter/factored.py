@@ -114,8 +114,9 @@ class Factored(_Part):
         return node if self.factor == 1.0 else emit.call(aten.mul.Tensor, node, self.factor)
 
     def reads(self) -> tuple[tuple[fx.Node, fx.Node], ...]:
-        """The tensors that it is made of, and where they are read."""
-        own = tuple((n, self.contraction) for n in (self.latent.node, self.weight, self.bias) if n is not None)
+        """The tensors that it is made of and where they are read, and what it was made by, which nothing may change."""
+        made_of = (self.latent.node, self.weight, self.bias, self.contraction)
+        own = tuple((n, self.contraction) for n in made_of if n is not None)
         others = self.addends if self.inner is None else (*self.addends, self.inner)
         return own + tuple(read for other in others for read in other.reads())
 

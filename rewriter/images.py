@@ -69,7 +69,7 @@ class Image(Factored):
         return emit.relayout(emit.cast(made, dtype), layout, (heads, self.width))
 
     def reads(self) -> tuple[tuple[fx.Node, fx.Node], ...]:
-        return ((self.latent.node, self.steps[0][0]), *self.constants)
+        return ((self.latent.node, self.steps[0][0]), *self.constants, *((node, node) for node, _ in self.steps))
 
 
 def image(part: Whole, site: AttentionSite) -> Image | None:

@@ -178,12 +178,15 @@ class _Run:
     def _written_between(self, site: AttentionSite, match: Match) -> Refusal | None:
         """A write to what the site reads or computes, after it is first read and before the output.
 
-        The replacement reads everything at the output's place.
+        The replacement reads everything at the output's place. Views of an operand read nothing: they see what was
+        written to it until the first step that copies it, or the attention, reads them.
         """
         reads = [("a tensor it reads is", *read) for read in match.reads]
         named = [("the query is", t.query) for t in site.terms] + [("the key is", t.key) for t in site.terms]
         for name, operand in (*named, ("the value is", site.value)):
-            reads.append((name, operand.root, operand.chain[-2][0] if len(operand.chain) > 1 else site.region[0]))
+            base = self.mutations.base_of(operand.root)
+            copies = (node for node, _ in reversed(operand.chain) if self.mutations.base_of(node) is not base)
+            reads.append((name, operand.root, next(copies, site.region[0])))
         for step in (*site.steps, *site.weight_steps):
             reads += [
                 ("a mask or a bias is", node, step.node)

@@ -143,3 +143,47 @@ def test_gradients_go_through_all_weights() -> None:
         gradients.append([leaf.grad for leaf in leaves])
     for wanted, found in zip(*gradients, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def written_to_keys(w: Weights, c: Tensor) -> KeyValue:
+    key, value = heads(lin(c, w.k)), heads(lin(c, w.v))
+    key[..., :HALF] = key[..., :HALF] * 2
+    return key, value
+
+
+def written_to_a_step(w: Weights, c: Tensor) -> KeyValue:
+    key = lin(c, w.k) * w.column
+    key[..., :HALF] *= 2
+    return heads(key + w.bias), heads(lin(c, w.v) * w.column)
+
+
+def written_to_values(w: Weights, c: Tensor) -> KeyValue:
+    key, value = heads(lin(c, w.k)), heads(lin(c, w.v))
+    value[:, 1] += 1
+    return key, value
+
+
+def written_to_the_latent(w: Weights, c: Tensor) -> KeyValue:
+    c = c * 1
+    made = heads(lin(c, w.k) * w.column), heads(lin(c, w.v))
+    c.zero_()
+    return made
+
+
+@pytest.mark.parametrize("make", [written_to_keys, written_to_a_step, written_to_values, written_to_the_latent])
+def test_what_a_write_changed_is_not_read_around(make: Callable[[Weights, Tensor], KeyValue]) -> None:
+    found = outcome("absorb_up_projection", Attention(make), *given())
+    assert found.verdict.reason == "a tensor it reads is written in between" and found.error < 2e-6
+
+
+def test_a_query_that_is_written_to_before_it_is_read_is_as_any_other() -> None:
+    attention = Attention(IMAGES["scaled columns"])
+
+    def attend(query: Tensor, latent: Tensor) -> Tensor:
+        query = query.transpose(1, 2).reshape(B, 1, -1) * 1
+        query[..., :HALF] = query[..., :HALF].sin()
+        out: Tensor = attention(query.view(B, 1, H, D).transpose(1, 2), latent)
+        return out
+
+    found = outcome("absorb_up_projection", attend, *given())
+    assert found.verdict.outcome == "applied" and found.error < 2e-6
