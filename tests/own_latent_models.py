@@ -18,10 +18,13 @@ class Expanded(nn.Module):
         super().__init__()
         heads, hidden = config.num_attention_heads, config.hidden_size
         self.layer_idx, self.heads, self.ways = layer_idx, heads, ways
-        self.rank, self.plain, self.turned, self.value = 12, 8, ways.get("turned", 4), 6
+        sizes = {"rank": 12, "plain": 8, "turned": 4, "value": 6} | ways
+        self.rank, self.plain, self.turned, self.value = (sizes[n] for n in ("rank", "plain", "turned", "value"))
         self.groups, self.ropes = ways.get("groups", heads), ways.get("ropes", 1)
-        self.q_a, self.q_norm = nn.Linear(hidden, 20, bias=False), LlamaRMSNorm(20)
-        self.q_b = nn.Linear(20, heads * (self.plain + self.turned))
+        narrow = ways.get("query_rank", 20)
+        self.q_a = nn.Linear(hidden, narrow, bias=False) if narrow else nn.Identity()
+        self.q_norm = LlamaRMSNorm(narrow) if narrow else nn.Identity()
+        self.q_b = nn.Linear(narrow or hidden, heads * (self.plain + self.turned))
         self.kv_a = nn.Linear(hidden, self.rank + self.ropes * self.turned)
         self.kv_norm = LlamaRMSNorm(self.rank)
         self.kv_b = nn.Linear(self.rank, self.groups * (self.plain + self.value), bias=ways.get("bias", False))

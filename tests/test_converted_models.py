@@ -15,14 +15,19 @@ import torch
 pytest.importorskip("transformers")
 
 import latent
-from convert_models import convert, decoder, logits, relative, text, tiny
+import transformers
+from convert_models import SMALL, convert, decoder, logits, relative, text, tiny
+from latent.passes.recipes.head_spans import HeadSpans
 from latent.passes.recipes.joint_latent import JointLatent
 from latent.passes.recipes.separate_latent import SeparateLatent
 from latent.passes.recipes.transmla import TransMLA
 from latent.passes.recipes.weight_svd import WeightSVD
 from latent.rewriter.convert.layers import ConversionRefused
+from latent.rewriter.convert.spans.plan import SpanPlan
+from latent.rewriter.convert.spans.span import Full, Window
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
+from zoo.build import randomise
 
 RECIPES: dict[str, Any] = {
     "joint": JointLatent(share=0.75),
@@ -158,6 +163,29 @@ def test_saved_models_compute_the_same_in_a_new_process(tmp_path: Path) -> None:
     for folder, (kind, values) in json.loads(done.stdout).items():
         assert kind == "Qwen2ForCausalLM"
         assert relative(torch.tensor(values, dtype=torch.float64), wanted[folder]) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("GptOss", {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}),
+        ("Qwen3_5Text", {"head_dim": 8, "layer_types": ["full_attention"] * 2}),
+        ("Persimmon", {"num_key_value_heads": 4}),
+        ("NanoChat", {}),
+    ],
+)
+def test_sinks_gates_and_norms_are_saved(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    config = getattr(transformers, f"{kind}Config")(**SMALL | changes)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    randomise(model, seed=0)
+    groups = 4 if kind == "Persimmon" else 2
+    plan = SpanPlan(((Full(), *[Window(1, 3)] * (groups - 1)),) * 2)
+    made = latent.convert(model, HeadSpans(plan=plan))
+    made.save_pretrained(tmp_path)
+    found, wanted = (logits(one, input_ids=text(2, 20)) for one in (latent.load(tmp_path), made))
+    assert torch.equal(found, wanted)
+    assert relative(wanted, logits(model, input_ids=text(2, 20))) > 1e-3  # its heads see spans
 
 
 @recipes
