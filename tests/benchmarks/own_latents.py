@@ -1,4 +1,4 @@
-"""`python tests/benchmarks/own_latents.py`: a token of a model that makes keys of a latent and caches those of all heads.
+"""`python tests/benchmarks/own_latents.py`: a token of a model that caches the keys of all heads, made of a latent.
 
 DeepSeek-V2-Lite's attention (hidden 2048, 16 heads, 512 + 64, 128/128), two layers, random weights, spelled as its
 first published code was. In turns: inductor and latent with transformers' static cache, and latent with a LatentCache.
