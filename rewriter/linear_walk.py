@@ -51,7 +51,8 @@ class LinearWalk:
         while pending:
             node = max(pending)
             layout = self.space.resolve_layout(pending.pop(node))
-            if not pending and node is not root and (width := self._width(layout)) is not None:
+            alike = node is not root and node.meta["val"].dtype == root.meta["val"].dtype  # no codes of a latent
+            if not pending and alike and (width := self._width(layout)) is not None:
                 found.append((width, node))
             self.layouts[node] = layout
             inputs = self._inputs(node, layout)

@@ -94,6 +94,19 @@ def test_whatever_is_linear_is_absorbed(name: str, dynamic: bool) -> None:
     assert found.error < 2e-6
 
 
+def test_codes_are_no_latent() -> None:
+    """A cache of 8-bit latents: what is attended to are the numbers that they stand for."""
+    attention = Attention(IMAGES["scaled columns"])
+
+    def attend(query: Tensor, codes: Tensor) -> Tensor:
+        out: Tensor = attention(query, codes.to(query.dtype) * 0.1)
+        return out
+
+    query, latent = given()
+    found = outcome("absorb_up_projection", attend, query, (10 * latent).to(torch.int8))
+    assert found.verdict.outcome == "applied" and found.error < 2e-6
+
+
 def along_tokens(w: Weights, c: Tensor, W: Tensor) -> Tensor:
     return heads(lin(c, W) + torch.arange(T, dtype=c.dtype)[:, None] * w.column)
 
