@@ -67,6 +67,7 @@ __all__ = [
     "mark_static_address",
     "new_unbacked_symbols",
     "random_ops_kept",
+    "reads_data",
     "real_tensors_allowed",
     "set_checkpoint_policy",
     "size_hints",
@@ -294,6 +295,12 @@ def autocast_switch(target: object) -> bool | None:
 def switches_mode(target: object) -> bool:
     """Whether a node switches grad mode or autocast for the nodes behind it."""
     return target is torch._C._set_grad_enabled or autocast_switch(target) is not None  # 2.13
+
+
+def reads_data(target: object) -> bool:
+    """Whether a node reads `tensor.data`: a view without history, which a pre-dispatch trace does not record."""
+    autograd: Any = torch._C._autograd
+    return target is autograd._get_data_attr  # 2.13
 
 
 def checkpoint_body(target: object, body: object) -> fx.GraphModule | None:
