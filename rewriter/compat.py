@@ -44,6 +44,7 @@ __all__ = [
     "add_input",
     "adopt_constants",
     "autocast_switch",
+    "autocast_switches",
     "cache_tag",
     "checkpoint_body",
     "compile_id",
@@ -287,9 +288,13 @@ def _restored_globals() -> Iterator[None]:
 
 def autocast_switch(target: object) -> bool | None:
     """True for the node target that enters an autocast region, False for the one that leaves it, else None."""
-    if target is torch.amp.autocast_mode._enter_autocast:  # 2.13
-        return True
-    return False if target is torch.amp.autocast_mode._exit_autocast else None  # 2.13
+    enter, leave = autocast_switches()
+    return True if target is enter else False if target is leave else None
+
+
+def autocast_switches() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The node targets that enter an autocast region, given what `torch.autocast` is given, and leave it."""
+    return torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast  # 2.13
 
 
 def switches_mode(target: object) -> bool:
