@@ -31,7 +31,7 @@ from .compat import (
 )
 from .mutations import Mutations
 from .purity import enables_grad
-from .vmaps import has_vmaps, open_vmaps
+from .vmaps import has_derivatives, has_vmaps, open_vmaps
 
 __all__ = ["CaptureError", "capture", "untouched_copy"]
 
@@ -58,6 +58,8 @@ def capture(
     placeholders = gm.graph.find_nodes(op="placeholder")
     if len(placeholders) != len(example_inputs):
         raise CaptureError("inputs", f"{len(placeholders)} placeholders, {len(example_inputs)} example inputs")
+    if has_derivatives(gm.graph):
+        raise CaptureError("trace", "torch.func takes a derivative in the graph")
     fakes = _fakes(gm, placeholders, example_inputs)
     try:
         plain = _with_open_data(gm)

@@ -51,6 +51,7 @@ __all__ = [
     "copy_module_facts",
     "copy_placeholder_facts",
     "debug_folder",
+    "differentiates",
     "emit_trace_artifact",
     "expr_of",
     "fake_mode_of",
@@ -254,7 +255,7 @@ def trace_below_dispatch(
     function: Callable[..., Any], fakes: Sequence[object], mode: FakeTensorMode | None
 ) -> fx.GraphModule:
     """`function` as a graph of ATen below autograd and vmap, where batch dimensions are written out."""
-    with mode or contextlib.nullcontext():
+    with _restored_globals(), mode or contextlib.nullcontext():
         traced: fx.GraphModule = make_fx(
             function,
             tracing_mode="real",
@@ -271,15 +272,30 @@ def vmap_depth(target: object) -> int:
     return {"_vmap_increment_nesting": 1, "_vmap_decrement_nesting": -1}.get(getattr(target, "__name__", ""), 0)
 
 
+def differentiates(target: object) -> bool:
+    """Whether a node pushes the level of a derivative that `torch.func` takes within the graph."""
+    module = getattr(target, "__module__", "") or ""
+    names = ("_grad_increment_nesting", "_jvp_increment_nesting")  # 2.13: torch._C._functorch, torch._functorch
+    return "functorch" in module and getattr(target, "__name__", "") in names
+
+
 @contextlib.contextmanager
 def _restored_globals() -> Iterator[None]:
-    """Grad mode and autocast as they were: a trace that fails half way leaves neither switched."""
+    """Grad mode, autocast and the levels of `torch.func` as they were: a trace that fails half way leaves none."""
+    levels: Any = torch._C._functorch  # 2.13
+    hooks: Any = torch._C._autograd  # 2.13
+    depth, in_place = levels.get_dynamic_layer_stack_depth(), levels.get_inplace_requires_grad_allowed()
+    hooked = hooks._saved_tensors_hooks_is_enabled()
     devices = ("cpu", "cuda")
     autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
     grad = torch.is_grad_enabled()
     try:
         yield
     finally:
+        levels.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+        levels.set_inplace_requires_grad_allowed(in_place)
+        if hooked and not hooks._saved_tensors_hooks_is_enabled():
+            hooks._saved_tensors_hooks_enable()
         torch.set_grad_enabled(grad)
         for device, enabled, dtype in autocast:
             torch.set_autocast_enabled(device, enabled)
