@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import runpy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import latent
@@ -126,6 +128,20 @@ def test_products_are_as_narrow_as_autocast_makes_them() -> None:
     (either,) = [n for n in kept[0].graph.nodes if str(n.target).startswith("latent.latent_attention")]
     tensors = [n.meta["val"].dtype for n in either.all_input_nodes]
     assert set(tensors) == {torch.bfloat16}
+
+
+def test_dumped_stages_are_python(tmp_path: Path) -> None:
+    model, given = Latents(by_hand, "keys and values", inside=True), (torch.randn(1, 1, WIDTH), torch.randn(1, T, C))
+    options = {"inner": "eager", "strict": True, "dump": str(tmp_path)}
+    with torch.no_grad():
+        expected = model(*given, given[0])
+        torch.compile(model, backend="latent", options=options)(*given, given[0])
+    (lowered,) = tmp_path.rglob("lowered.py")
+    assert "_enter_autocast('cpu', torch.bfloat16, False, True)" in lowered.read_text(encoding="utf-8")
+    made = runpy.run_path(str(lowered))
+    with torch.no_grad():
+        (actual,) = made["graph"](**made["inputs"]())
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
 
 
 def operators() -> dict[str, Callable[[], Tensor]]:
