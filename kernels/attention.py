@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ..rewriter.autocast import in_own_dtypes
 from ..rewriter.axes import Size
 from ..rewriter.layouts import shape_of
 from ..rewriter.nodes import args_of
@@ -54,7 +55,7 @@ def attention(
     return reference(Call(query_BHSD, None, key_BKTD, None, value_BKTE, mask, sinks, scale, cap, causal, window, 0))
 
 
-torch.library.impl("latent::attention", "CompositeImplicitAutograd", attention)
+torch.library.impl("latent::attention", "CompositeImplicitAutograd", in_own_dtypes(attention))
 
 
 def _windowed(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, window: int) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from ..rewriter.autocast import in_own_dtypes
 from ..rewriter.compat import FakeTensor
 from ..rewriter.emit import LOWERED
 from ..rewriter.kernel_sources import KernelSource
@@ -56,7 +57,7 @@ def _shapes(rows: Tensor, weights: list[Tensor], biases: list[Tensor | None]) ->
     return [rows.new_empty((*rows.shape[:-1], weight.shape[-2])) for weight in weights]
 
 
-torch.library.impl("latent::gemv", "CPU", gemv)
+torch.library.impl("latent::gemv", "CPU", in_own_dtypes(gemv))
 torch.library.register_fake("latent::gemv", _shapes)
 
 

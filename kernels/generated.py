@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ..rewriter.autocast import in_own_dtypes
 from ..rewriter.kernel_sources import KernelSource
 from ..rewriter.nodes import args_of
 from ..rewriter.registry import source_printer
@@ -149,6 +150,6 @@ def _empty(*arguments: Any) -> Tensor:
     return call.query.new_empty((*call.query.shape[:3], width), dtype=torch.float32 if call.totals else None)
 
 
-torch.library.impl("latent::generated_attention", "CPU", _generated_attention)
-torch.library.impl("latent::generated_attention", "CUDA", _generated_attention)
+torch.library.impl("latent::generated_attention", "CPU", in_own_dtypes(_generated_attention))
+torch.library.impl("latent::generated_attention", "CUDA", in_own_dtypes(_generated_attention))
 torch.library.register_fake("latent::generated_attention", _empty)

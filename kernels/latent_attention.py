@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ..rewriter.autocast import in_own_dtypes
 from ..rewriter.kernel_sources import KernelSource
 from ..rewriter.nodes import args_of
 from ..rewriter.registry import LibraryCall, lowering, source_printer
@@ -194,7 +195,7 @@ def plain(*arguments: Any) -> Tensor:
     return absorbed(LatentCall(*arguments), reference)
 
 
-torch.library.impl("latent::latent_attention", "CompositeImplicitAutograd", plain)
+torch.library.impl("latent::latent_attention", "CompositeImplicitAutograd", in_own_dtypes(plain))
 
 
 # ** the expanded form, a block of keys at a time **
@@ -323,8 +324,8 @@ def shape_of_result(
     return query.new_empty((*query.shape[:3], up_value.shape[1]))
 
 
-torch.library.impl("latent::latent_attention_either", "CPU", either)
-torch.library.impl("latent::latent_attention_either", "CUDA", either)
+torch.library.impl("latent::latent_attention_either", "CPU", in_own_dtypes(either))
+torch.library.impl("latent::latent_attention_either", "CUDA", in_own_dtypes(either))
 torch.library.register_fake("latent::latent_attention_either", shape_of_result)
 
 

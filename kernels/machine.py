@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from ..rewriter.autocast import without_autocast
 from . import store
 from .spec import digest
 
@@ -61,7 +62,7 @@ def _measure(
     device: torch.device, dtype: torch.dtype, copied: int, width: int, rounds: int, budget: float
 ) -> tuple[Machine, bool]:
     """The machine, and whether it was left alone: no side's median is far from its fastest round."""
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(device.type):
         size, copying = _largest(lambda n: _copy(n, dtype, device), copied, 1, device, rounds, budget / 2)
         side, multiplying = _largest(lambda n: _product(n, dtype, device), width, 3, device, rounds, budget / 2)
     # The load counts this process as well. A core that is always taken slows every round alike, and no median tells.

@@ -15,6 +15,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, fx
 
+from ..rewriter.autocast import in_own_dtypes
 from ..rewriter.convert.attention import attend
 from ..rewriter.convert.scoring import Scoring
 from ..rewriter.nodes import args_of, argument
@@ -38,12 +39,12 @@ torch.library.define(
 
 def rows_of_heads(x_C: Tensor, weight: Tensor, bias: Tensor | None, heads: Tensor, width: int) -> Tensor:
     """W_h x + b_h of the heads: weight [H·width, C] -> [n, width]."""
-    made = []
+    made, wide = [], x_C.to(weight.dtype)
     for first, end in _runs(heads.tolist()):
         rows = slice(first * width, end * width)
-        part = torch.mv(weight[rows], x_C)
+        part = torch.mv(weight[rows], wide)
         made.append(part if bias is None else part + bias[rows])
-    return torch.cat(made).view(-1, width)
+    return torch.cat(made).view(-1, width).to(x_C.dtype)
 
 
 def columns_of_heads(x_nE: Tensor, weight: Tensor, bias: Tensor | None, heads: Tensor, width: int) -> Tensor:
@@ -51,10 +52,10 @@ def columns_of_heads(x_nE: Tensor, weight: Tensor, bias: Tensor | None, heads: T
     out = weight.new_zeros(weight.shape[0]) if bias is None else bias.clone()
     done = 0
     for first, end in _runs(heads.tolist()):
-        part = x_nE[done : done + end - first].flatten()
+        part = x_nE[done : done + end - first].flatten().to(weight.dtype)
         out.addmv_(weight[:, first * width : end * width], part)
         done += end - first
-    return out
+    return out.to(x_nE.dtype)
 
 
 def attend_used(
@@ -75,9 +76,14 @@ def attend_used(
     """
     tokens = key_BGTD.shape[2]
     mask = mask if mask is None else mask[..., :tokens]
+    kept = torch.promote_types(key_BGTD.dtype, value_BGTE.dtype)
+    if kept != query_BH1D.dtype or kept != key_BGTD.dtype:  # under autocast: the one query follows the many keys
+        bias = mask if mask is None or mask.dtype == torch.bool else mask.to(kept)
+        given = (query_BH1D.to(kept), used_BH, key_BGTD.to(kept), value_BGTE.to(kept), bias)
+        return attend_used(*given, scale, cap, sinks_H, generated).to(query_BH1D.dtype)
     if generated:
-        given = (query_BH1D, None, key_BGTD, None, value_BGTE, mask, sinks_H, scale, cap or 0.0, False, 0, 0, False)
-        made: Tensor = torch.ops.latent.generated_attention(*given, used_BH)
+        call = (query_BH1D, None, key_BGTD, None, value_BGTE, mask, sinks_H, scale, cap or 0.0, False, 0, 0, False)
+        made: Tensor = torch.ops.latent.generated_attention(*call, used_BH)
         return made
     scoring = Scoring(scale, cap, sinks_H)
     if len(query_BH1D) > 1:
@@ -123,7 +129,7 @@ for name, body in (
     ("attend_used", attend_used),
     ("columns_of_heads", columns_of_heads),
 ):
-    torch.library.impl(f"latent::{name}", "CompositeExplicitAutograd", body)
+    torch.library.impl(f"latent::{name}", "CompositeExplicitAutograd", in_own_dtypes(body))
 
 
 def _rows_shape(x: Tensor, weight: Tensor, bias: Tensor | None, heads: Tensor, width: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -59,9 +60,9 @@ class Plan:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the products with the latent."""
-        dtype: torch.dtype = self.parts[0].latent.node.meta["val"].dtype
-        return dtype
+        """The widest of the products with the latent; autocast may compute them in a narrower one than the latent's."""
+        products = (part.contraction.meta["val"].dtype for part in self.parts)
+        return functools.reduce(torch.promote_types, products)
 
     @property
     def one_latent(self) -> bool:

@@ -25,10 +25,13 @@ from .compat import (
     fake_mode_for,
     fake_mode_of,
     inference_switch,
+    reads_data,
     set_checkpoint_policy,
     trace_pre_dispatch,
 )
-from .vmaps import has_vmaps, open_vmaps
+from .mutations import Mutations
+from .purity import enables_grad
+from .vmaps import has_derivatives, has_vmaps, open_vmaps
 
 __all__ = ["CaptureError", "capture", "untouched_copy"]
 
@@ -55,15 +58,20 @@ def capture(
     placeholders = gm.graph.find_nodes(op="placeholder")
     if len(placeholders) != len(example_inputs):
         raise CaptureError("inputs", f"{len(placeholders)} placeholders, {len(example_inputs)} example inputs")
+    if has_derivatives(gm.graph):
+        raise CaptureError("trace", "torch.func takes a derivative in the graph")
     fakes = _fakes(gm, placeholders, example_inputs)
     try:
-        traced = open_vmaps(gm) if has_vmaps(gm) else gm
+        plain = _with_open_data(gm)
+        traced = open_vmaps(plain) if has_vmaps(plain) else plain
         new = trace_pre_dispatch(_Tracer(traced).run_flat, fakes, fake_mode_of(gm, fakes), decompositions)
     except DYNAMO_CONTROL_FLOW:
         raise
     except Exception as error:
         raise CaptureError("trace", f"{type(error).__name__}: {_first_line(error)}") from error
     _carry_facts(gm, new, placeholders)
+    if plain is not gm:
+        _check_data_is_read_only(new.graph)
     _check_same_interface(gm, new)
     return new
 
@@ -103,6 +111,32 @@ def _fake(value: object, mode: FakeTensorMode) -> object:
     if not isinstance(value, FakeTensor):
         return mode.from_tensor(value, static_shapes=True)
     return value
+
+
+# ** before the trace **
+
+
+def _with_open_data(gm: fx.GraphModule) -> fx.GraphModule:
+    """`gm`, or where it reads `.data` a copy that detaches instead, in the graphs that it holds as well.
+
+    The trace does not see `.data`, and would freeze the value of the moment. Both lie in the storage of their tensor
+    and have no history; they differ in the counter of writes, see `_check_data_is_read_only`.
+    """
+    if not any(_reads_data(module) for module in gm.modules()):
+        return gm
+    new = untouched_copy(gm)
+    for node in new.graph.nodes:
+        if node.op == "call_function" and reads_data(node.target):
+            node.target = torch.ops.aten.detach.default
+        elif node.op == "get_attr" and isinstance(body := getattr(gm, str(node.target), None), fx.GraphModule):
+            setattr(new, str(node.target), _with_open_data(body))
+    new.recompile()
+    return new
+
+
+def _reads_data(module: torch.nn.Module) -> bool:
+    nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else ()
+    return any(node.op == "call_function" and reads_data(node.target) for node in nodes)
 
 
 # ** the trace **
@@ -159,8 +193,27 @@ def _carry_facts(gm: fx.GraphModule, new: fx.GraphModule, placeholders: Sequence
         copy_placeholder_facts(old, mine)
     copy_module_facts(gm, new)
     adopt_constants(new)
+    _check_constants(new)
     _inherit_provenance(new.graph)
     new.recompile()
+
+
+def _check_constants(new: fx.GraphModule) -> None:
+    """A fake tensor among the constants stands for a value that only a call has."""
+    for module in new.modules():
+        for name, value in (*module.named_buffers(recurse=False), *vars(module).items()):
+            if isinstance(value, FakeTensor):
+                raise CaptureError("trace", f"{name} {tuple(value.shape)} was made by something that is not recorded")
+
+
+def _check_data_is_read_only(graph: fx.Graph) -> None:
+    """Autograd counts a write through a detached tensor, not one through `.data`, and raises for what it has saved."""
+    if not torch.is_grad_enabled() and not enables_grad(graph):
+        return
+    mutations = Mutations.of(graph)
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.detach.default):
+        if mutations.base_of(node) in mutations.writes:
+            raise CaptureError("trace", "a tensor is written to through `.data` where gradients are on")
 
 
 def _inherit_provenance(graph: fx.Graph) -> None:

@@ -44,12 +44,14 @@ __all__ = [
     "add_input",
     "adopt_constants",
     "autocast_switch",
+    "autocast_switches",
     "cache_tag",
     "checkpoint_body",
     "compile_id",
     "copy_module_facts",
     "copy_placeholder_facts",
     "debug_folder",
+    "differentiates",
     "emit_trace_artifact",
     "expr_of",
     "fake_mode_of",
@@ -67,6 +69,7 @@ __all__ = [
     "mark_static_address",
     "new_unbacked_symbols",
     "random_ops_kept",
+    "reads_data",
     "real_tensors_allowed",
     "set_checkpoint_policy",
     "size_hints",
@@ -252,7 +255,7 @@ def trace_below_dispatch(
     function: Callable[..., Any], fakes: Sequence[object], mode: FakeTensorMode | None
 ) -> fx.GraphModule:
     """`function` as a graph of ATen below autograd and vmap, where batch dimensions are written out."""
-    with mode or contextlib.nullcontext():
+    with _restored_globals(), mode or contextlib.nullcontext():
         traced: fx.GraphModule = make_fx(
             function,
             tracing_mode="real",
@@ -269,15 +272,30 @@ def vmap_depth(target: object) -> int:
     return {"_vmap_increment_nesting": 1, "_vmap_decrement_nesting": -1}.get(getattr(target, "__name__", ""), 0)
 
 
+def differentiates(target: object) -> bool:
+    """Whether a node pushes the level of a derivative that `torch.func` takes within the graph."""
+    module = getattr(target, "__module__", "") or ""
+    names = ("_grad_increment_nesting", "_jvp_increment_nesting")  # 2.13: torch._C._functorch, torch._functorch
+    return "functorch" in module and getattr(target, "__name__", "") in names
+
+
 @contextlib.contextmanager
 def _restored_globals() -> Iterator[None]:
-    """Grad mode and autocast as they were: a trace that fails half way leaves neither switched."""
+    """Grad mode, autocast and the levels of `torch.func` as they were: a trace that fails half way leaves none."""
+    levels: Any = torch._C._functorch  # 2.13
+    hooks: Any = torch._C._autograd  # 2.13
+    depth, in_place = levels.get_dynamic_layer_stack_depth(), levels.get_inplace_requires_grad_allowed()
+    hooked = hooks._saved_tensors_hooks_is_enabled()
     devices = ("cpu", "cuda")
     autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
     grad = torch.is_grad_enabled()
     try:
         yield
     finally:
+        levels.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+        levels.set_inplace_requires_grad_allowed(in_place)
+        if hooked and not hooks._saved_tensors_hooks_is_enabled():
+            hooks._saved_tensors_hooks_enable()
         torch.set_grad_enabled(grad)
         for device, enabled, dtype in autocast:
             torch.set_autocast_enabled(device, enabled)
@@ -286,14 +304,24 @@ def _restored_globals() -> Iterator[None]:
 
 def autocast_switch(target: object) -> bool | None:
     """True for the node target that enters an autocast region, False for the one that leaves it, else None."""
-    if target is torch.amp.autocast_mode._enter_autocast:  # 2.13
-        return True
-    return False if target is torch.amp.autocast_mode._exit_autocast else None  # 2.13
+    enter, leave = autocast_switches()
+    return True if target is enter else False if target is leave else None
+
+
+def autocast_switches() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The node targets that enter an autocast region, given what `torch.autocast` is given, and leave it."""
+    return torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast  # 2.13
 
 
 def switches_mode(target: object) -> bool:
     """Whether a node switches grad mode or autocast for the nodes behind it."""
     return target is torch._C._set_grad_enabled or autocast_switch(target) is not None  # 2.13
+
+
+def reads_data(target: object) -> bool:
+    """Whether a node reads `tensor.data`: a view without history, which a pre-dispatch trace does not record."""
+    autograd: Any = torch._C._autograd
+    return target is autograd._get_data_attr  # 2.13
 
 
 def checkpoint_body(target: object, body: object) -> fx.GraphModule | None:

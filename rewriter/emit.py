@@ -12,6 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
+from .autocast import autocast_at
 from .axes import Axis, AxisSpace, Dim, Layout, Size, flat
 from .compat import FakeTensorMode, adopt_constants
 from .layouts import shape_of, size_argument
@@ -100,7 +101,7 @@ class Emitter:
         if (made := self._session.find(target, args, kwargs, self._before)) is not None:
             return made
         values = fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
-        with fake_mode_of_value((values, self._before.meta.get("val"))) as mode:
+        with autocast_at(self._before), fake_mode_of_value((values, self._before.meta.get("val"))) as mode:
             if isinstance(mode, FakeTensorMode):  # constants of the graph are real tensors
                 values = pytree.tree_map_only(torch.Tensor, lambda t: as_fake(t, mode), values)
             value = (shaped or target)(*values[0], **values[1])

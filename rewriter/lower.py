@@ -1,4 +1,7 @@
-"""Lowering: every `latent::` operator gets the form that suits its device and shapes, or is inlined as it is."""
+"""Lowering: every `latent::` operator gets the form that suits its device and shapes, or is inlined as it is.
+
+Each form computes in the dtypes of its arguments, also under autocast, as the operators do.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .autocast import keep_from_autocast, without_autocast
 from .compat import trace_pre_dispatch
 from .emit import LOWERED
 from .purity import enables_grad
@@ -34,6 +38,8 @@ def lower(gm: fx.GraphModule, bodies: bool = False) -> tuple[Lowering, ...]:
         node.meta[LOWERED] = node.name
         choose = None if bodies else lowerings().get(name)
         form, reason = choose(node, gradients) if choose is not None else (None, "the operator's own body")
+        if not isinstance(form, LibraryCall) or not str(form.target).startswith("latent."):
+            keep_from_autocast(node)  # operators of ours keep themselves
         if isinstance(form, LibraryCall):
             node.target, node.args, node.kwargs = form.target, form.args, form.kwargs
         else:
@@ -58,7 +64,8 @@ def inline(node: fx.Node, form: Callable[..., Any]) -> None:
         )
         return form(*args, **kwargs)
 
-    traced = trace_pre_dispatch(body, [n.meta["val"] for n in inputs])
+    with without_autocast(node.meta["val"].device.type):
+        traced = trace_pre_dispatch(body, [n.meta["val"] for n in inputs])
     placed: dict[fx.Node, fx.Node] = {}
     given = iter(inputs)
     for inner in traced.graph.nodes:

@@ -15,9 +15,11 @@ from .compat import (
     autocast_switch,
     new_unbacked_symbols,
     random_ops_kept,
+    storage_of,
     switches_mode,
     symbolic_functions,
 )
+from .mutations import writes
 
 __all__ = ["enables_grad", "is_needless_detach", "is_pure", "is_random", "is_symbolic_arithmetic"]
 
@@ -72,17 +74,34 @@ def is_pure(node: fx.Node) -> bool:
 
 
 def is_needless_detach(node: fx.Node) -> bool:
-    """A detach of what has no gradient does nothing; `detach_` writes no element in any case."""
+    """A detach of what has no gradient does nothing; `detach_` writes no element in any case.
+
+    One that is written to takes the history of what is written, which its source must not have.
+    """
     if node.target not in (aten.detach_.default, aten.detach.default) or not isinstance(node.args[0], fx.Node):
         return False
-    return not _may_carry_gradient(node.args[0])
+    if not torch.is_grad_enabled() and not enables_grad(node.graph):
+        return True
+    return not _may_carry_gradient(node.args[0]) and not _is_written(node)
+
+
+def _is_written(node: fx.Node) -> bool:
+    """Whether something writes to a tensor itself, or to a view of it."""
+    storage = storage_of(node.meta.get("val"))
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        if (view := stack.pop()) in seen:
+            continue
+        seen.add(view)
+        if any(view in writes(user) for user in view.users):
+            return True
+        stack += [user for user in view.users if storage_of(user.meta.get("val")) == storage]
+    return False
 
 
 def _may_carry_gradient(node: fx.Node) -> bool:
     """Whether a gradient may reach an input through `node`. The values of a trace are detached and do not tell."""
-    switches = (n for n in node.graph.nodes if switches_mode(n.target))
-    if not torch.is_grad_enabled() and not any(n.args[:1] == (True,) for n in switches):
-        return False
     seen: set[fx.Node] = set()
     stack = [node]
     while stack:

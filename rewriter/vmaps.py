@@ -12,11 +12,25 @@ from collections.abc import Sequence
 
 from torch import fx, nn
 
-from .compat import fake_mode_of, trace_below_dispatch, vmap_depth
+from .compat import differentiates, fake_mode_of, trace_below_dispatch, vmap_depth
 
 
 def has_vmaps(gm: fx.GraphModule) -> bool:
     return any(vmap_depth(node.target) for node in gm.graph.nodes if node.op == "call_function")
+
+
+def has_derivatives(graph: fx.Graph) -> bool:
+    """Whether a derivative of `torch.func` is taken outside of every vmap; inside, it is opened with the region.
+
+    The tensors of its level are in no trace, and `vjp` reads them after the level is gone.
+    """
+    depth = 0
+    for node in graph.nodes:
+        if node.op == "call_function":
+            depth += vmap_depth(node.target)
+            if depth == 0 and differentiates(node.target):
+                return True
+    return False
 
 
 def open_vmaps(gm: fx.GraphModule) -> fx.GraphModule:

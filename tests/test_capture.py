@@ -244,7 +244,17 @@ def _cond(x: torch.Tensor) -> Any:
     return torch.cond(x.sum() > 0, lambda x: x.sin(), lambda x: x * 3, (x,))
 
 
-PROGRAMS = [_autocast, _inference, _no_grad, _mutation, _checkpoint, _constants, _cond]
+def _data(x: torch.Tensor) -> Any:
+    y = W(x)
+    return x @ W.weight.data, (x * 2).data, x.data, y + (y.round() - y).data
+
+
+def _data_in_bodies(x: torch.Tensor) -> Any:
+    y = torch.cond(x.sum() > 0, lambda x: x @ W.weight.data, lambda x: x @ W.weight, (x,))
+    return checkpoint(lambda y: y.data.sin() * W(y), y, use_reentrant=False)
+
+
+PROGRAMS = [_autocast, _inference, _no_grad, _mutation, _checkpoint, _constants, _cond, _data, _data_in_bodies]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -253,7 +263,7 @@ def test_programs(program: Callable[[torch.Tensor], Any], caplog: pytest.LogCapt
     agree(program, torch.randn(3, 4))
 
 
-@pytest.mark.parametrize("program", [_autocast, _inference, _checkpoint, _constants])
+@pytest.mark.parametrize("program", [_autocast, _inference, _checkpoint, _constants, _data])
 def test_programs_through_inductor(program: Callable[[torch.Tensor], Any]) -> None:
     agree(program, torch.randn(3, 4), inner="inductor")
 
@@ -263,6 +273,67 @@ def test_values_inside_autocast_have_its_dtype() -> None:
     values = {n.name: n.meta["val"].dtype for n in graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)}
     assert values["linear"] == values["mul"] == torch.bfloat16
     assert values["matmul"] == torch.float32
+
+
+@pytest.mark.parametrize("program", [_data, _data_in_bodies])
+@torch.no_grad()
+def test_data_without_gradients(program: Callable[[torch.Tensor], Any]) -> None:
+    backend = agree(program, torch.randn(3, 4))
+    assert not any("detach" in str(n.target) and len(n.users) == 0 for n in backend.graphs[0].graph.nodes)
+
+
+def _write_input(x: torch.Tensor, weight: torch.Tensor, buffer: torch.Tensor) -> Any:
+    x.data[1].mul_(2)
+    return x @ weight
+
+
+def _write_before(x: torch.Tensor, weight: torch.Tensor, buffer: torch.Tensor) -> Any:
+    weight.data.mul_(1.5)
+    return x @ weight
+
+
+def _write_after(x: torch.Tensor, weight: torch.Tensor, buffer: torch.Tensor) -> Any:
+    y = x @ weight
+    weight.data.mul_(0.9).add_(y.detach().mean())
+    return y
+
+
+def _write_graded(x: torch.Tensor, weight: torch.Tensor, buffer: torch.Tensor) -> Any:
+    buffer.data.copy_(buffer.data * 0.5 + (x @ weight).mean())
+    return x @ buffer
+
+
+def _set(x: torch.Tensor, weight: torch.Tensor, buffer: torch.Tensor) -> Any:
+    buffer.data = buffer.data * 0.5
+    return x @ buffer
+
+
+WRITES = [_write_input, _write_before, _write_after, _write_graded, _set]
+
+
+@pytest.mark.parametrize("program", WRITES)
+def test_writes_through_data_reach_the_tensor(program: Callable[..., Any]) -> None:
+    with torch.no_grad():
+        agree(program, torch.randn(3, 4), torch.randn(4, 4), torch.randn(4, 4))
+
+
+@pytest.mark.parametrize("program", WRITES)
+def test_writes_that_autograd_shall_not_see_are_refused(program: Callable[..., Any]) -> None:
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        with pytest.raises(CaptureError, match=r"written to through `\.data` where gradients are on"):
+            capture(gm, inputs)
+        return gm.forward
+
+    weight = torch.randn(4, 4, requires_grad=True)
+    torch.compile(program, backend=backend)(torch.randn(3, 4), weight, torch.randn(4, 4))
+
+
+def test_a_detached_tensor_keeps_the_history_of_a_write_to_itself() -> None:
+    def run(x: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+        buffer.detach().copy_(buffer * 0.5 + x.mean())
+        return x.detach() @ buffer
+
+    agree(run, torch.randn(3, 4, requires_grad=True), torch.randn(4, 4))
 
 
 def test_symbols_floats_and_none() -> None:
@@ -349,6 +420,17 @@ def test_failures_name_their_stage_and_leave_no_mode_switched() -> None:
     assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
     with pytest.raises(CaptureError, match="inputs: 1 placeholders, 2 example inputs"):
         capture(gm, [torch.ones(2), torch.ones(2)])
+
+
+def test_a_value_that_no_node_makes_is_refused() -> None:
+    def lost(x: torch.Tensor) -> torch.Tensor:
+        return x.data
+
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_function(torch.add, (x, graph.call_function(lost, (x,)))))
+    with pytest.raises(CaptureError, match=r"trace: _tensor_constant0 \(2,\) was made by something"):
+        capture(fx.GraphModule({}, graph), [torch.ones(2)])
 
 
 def test_control_flow_of_dynamo_passes() -> None:

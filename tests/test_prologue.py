@@ -340,6 +340,17 @@ def _written_buffer(m: Any, x: torch.Tensor) -> torch.Tensor:
     return x @ (m.state * m.state)
 
 
+def _written_data(m: Any, x: torch.Tensor) -> torch.Tensor:
+    m.w.data.mul_(1.5)
+    return x @ (m.w @ m.v)
+
+
+def _data_written_elsewhere(m: Any, x: torch.Tensor) -> torch.Tensor:
+    m.w.data[0].mul_(1.5)
+    torch._dynamo.graph_break()
+    return x @ (m.w.data @ m.v)
+
+
 STAYS: dict[str, Callable[[Any, torch.Tensor], Any]] = {
     "a view": lambda m, x: x @ m.w.t()[:, :3],
     "random numbers": lambda m, x: x @ torch.rand_like(m.w),
@@ -348,6 +359,7 @@ STAYS: dict[str, Callable[[Any, torch.Tensor], Any]] = {
     "a returned result": lambda m, x: (x, m.w @ m.v),
     "a view of a returned result": lambda m, x: (x + (p := m.w @ m.v), p.t()),
     "a written buffer": _written_buffer,
+    "a weight written through .data": _written_data,
     "a result that is written": lambda m, x: (m.w @ m.v).mul_(2).add_(x),
     "a work in a region of autocast": _autocast,
     "work on an input": lambda m, x: (x @ x) @ m.w,
@@ -355,6 +367,7 @@ STAYS: dict[str, Callable[[Any, torch.Tensor], Any]] = {
 MOVES: dict[str, Callable[[Any, torch.Tensor], Any]] = {
     "a product": lambda m, x: x @ (m.w @ m.v),
     "a product behind a view": lambda m, x: x @ (m.w.t() @ m.v)[:, :2],
+    "a product of data": lambda m, x: x @ (m.w.data @ m.v),
     "a chain": lambda m, x: x @ ((m.w + 1) @ (m.v * 2)).relu(),
     "a buffer": lambda m, x: x @ (m.state * 2),
     "constants of the program": lambda m, x: x + m.w * torch.full((4, 4), 2.0),
@@ -370,7 +383,7 @@ def test_stays(case: str) -> None:
     model, backend, x = Owner(STAYS[case]), Backend(rewrite=lambda gm: None), torch.randn(4, 4)
     got = torch.compile(model, backend=backend)(x)
     assert backend.hoisted[0].prologue is None
-    if case not in ("random numbers", "dropout", "a written buffer"):
+    if case not in ("random numbers", "dropout", "a written buffer", "a weight written through .data"):
         torch.testing.assert_close(got, model(x), atol=1e-2, rtol=1e-2)
 
 
@@ -385,6 +398,18 @@ def test_moves(case: str) -> None:
         tensor.mul_(1.5)
     torch.testing.assert_close(run(x), model(x))
     assert backend.runs == 2
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("body", [_written_data, _data_written_elsewhere])
+@torch.no_grad()
+def test_writes_of_graphs_through_data_are_followed(body: Callable[..., Any], inner: str) -> None:
+    ours, theirs = Owner(body), Owner(body)
+    theirs.load_state_dict(ours.state_dict())
+    run = torch.compile(ours, backend=Backend(inner, rewrite=lambda gm: None))
+    for x in torch.randn(4, 4, 4):
+        torch.testing.assert_close(run(x), theirs(x))
+    torch.testing.assert_close(ours.w, theirs.w)
 
 
 def test_the_check_is_cheap() -> None:

@@ -300,6 +300,20 @@ def test_compiled_decoding_skips_heads_too(dtype: torch.dtype, attended: list[in
     assert sum(attended) == (0 if dtype == torch.float32 and compiler() else 2 * 4)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+def test_one_token_under_autocast(name: str, compiled: bool) -> None:
+    """The kept keys are bfloat16 there, the query of picked rows of a weight is as wide as the weight."""
+    torch._dynamo.reset()
+    made = routed(name, share=0.6).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        wanted, cache = logits(made, IDS[:1]), transformers.DynamicCache(config=made.config)
+        logits(made, IDS[:1, :11], past_key_values=cache)
+        step = torch.compile(made, backend="latent", options={"inner": "eager"}) if compiled else made
+        found = logits(step, IDS[:1, 11:], past_key_values=cache)
+    assert (found[:, 0] - wanted[:, -1]).abs().max() <= 2e-2 * wanted.abs().max()
+
+
 def test_it_says_that_training_is_needed() -> None:
     model = model_of("llama")
     assert RoutedHeads.needs == "training"

@@ -11,7 +11,7 @@ import latent
 import pytest
 import torch
 from latent.rewriter import backend
-from latent.rewriter.compat import DYNAMO_CONTROL_FLOW
+from latent.rewriter.compat import DYNAMO_CONTROL_FLOW, FakeTensorMode, trace_pre_dispatch
 from latent.rewriter.registry import patterns
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
@@ -211,6 +211,60 @@ def test_expectation_is_not_met_by_a_graph_that_failed(monkeypatch: pytest.Monke
     monkeypatch.setattr(backend, "recognise", always)
     with pytest.raises(BackendCompilerFailed, match="attention: expected 2, found 0"):
         check(expect={"attention": 2})
+
+
+# ** derivatives within the graph **
+
+
+def _loss(x: Tensor) -> Tensor:
+    return x.softmax(-1).square().sum()
+
+
+DERIVATIVES: dict[str, Callable[[Tensor], Tensor]] = {
+    "grad": lambda x: torch.func.grad(_loss)(x),
+    "jvp": lambda x: torch.func.jvp(_loss, (x,), (x,))[1],
+    "vjp": lambda x: torch.func.vjp(_loss, x)[1](torch.ones(()))[0],
+    "jacrev": lambda x: torch.func.jacrev(_loss)(x),
+    "grad of vmap": lambda x: torch.func.grad(lambda y: torch.func.vmap(_loss)(y).sum())(x),
+}
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("name", DERIVATIVES)
+@torch.no_grad()
+def test_derivatives_in_a_graph_go_to_inductor_untouched(
+    name: str, inner: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    with caplog.at_level(logging.WARNING, logger="latent"):
+        actual = torch.compile(DERIVATIVES[name], backend="latent", options={"inner": inner})(x)
+    torch.testing.assert_close(actual, DERIVATIVES[name](x))
+    (said,) = warnings(caplog)
+    assert "torch.func takes a derivative in the graph" in said
+
+
+@pytest.mark.parametrize("name", ["vmap of grad", "vmap of jvp"])
+def test_derivatives_inside_vmap_are_opened_with_it(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    inner = DERIVATIVES[name.removeprefix("vmap of ")]
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    with caplog.at_level(logging.WARNING, logger="latent"):
+        actual = torch.compile(torch.func.vmap(inner), backend="latent", options={"inner": "eager"})(x)
+    torch.testing.assert_close(actual, torch.func.vmap(inner)(x))
+    assert warnings(caplog) == []
+
+
+def test_a_trace_that_fails_half_way_leaves_no_level() -> None:
+    def broken(x: Tensor) -> Tensor:
+        torch._C._functorch._grad_increment_nesting()
+        torch._C._functorch.set_inplace_requires_grad_allowed(True)
+        torch._C._autograd._saved_tensors_hooks_disable("not within this trace")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        trace_pre_dispatch(broken, [FakeTensorMode().from_tensor(torch.ones(2))])
+    assert torch._C._functorch.get_dynamic_layer_stack_depth() == 0
+    assert not torch._C._functorch.get_inplace_requires_grad_allowed()
+    assert torch._C._autograd._saved_tensors_hooks_is_enabled()
 
 
 # ** Dynamo's control flow **

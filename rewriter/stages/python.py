@@ -106,9 +106,8 @@ def _statement(node: Node, margin: str) -> Iterator[str]:
         yield from _lines(node.body, f"{margin}    ")
         yield ""
     elif node.kind == "call":
-        note = f"  # {node.type}" if node.types else ""
-        note += f"   {node.rewrite}" if node.rewrite else ""
-        yield f"{margin}{node.name} = {call_text(node)}{note}"
+        notes = [note for note in (node.type if node.types else "", node.rewrite) if note]
+        yield f"{margin}{node.name} = {call_text(node)}" + ("  # " + "   ".join(notes) if notes else "")
     elif node.kind == "output":
         (result,) = node.args
         yield f"\n{margin}return {text_of(tuple(result) if isinstance(result, list) else result)}"
