@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from ..rewriter.autocast import in_own_dtypes
+from ..rewriter.autocast import without_autocast
 from ..rewriter.compat import FakeTensor
 from ..rewriter.emit import LOWERED
 from ..rewriter.kernel_sources import KernelSource
@@ -57,7 +57,7 @@ def _shapes(rows: Tensor, weights: list[Tensor], biases: list[Tensor | None]) ->
     return [rows.new_empty((*rows.shape[:-1], weight.shape[-2])) for weight in weights]
 
 
-torch.library.impl("latent::gemv", "CPU", in_own_dtypes(gemv))
+torch.library.impl("latent::gemv", "CPU", gemv)
 torch.library.register_fake("latent::gemv", _shapes)
 
 
@@ -75,11 +75,12 @@ def _spec(rows: Tensor, weight: Tensor) -> GemvSpec:
 
 
 def reference(products: Products) -> list[Tensor]:
-    """The definition in plain ATen. Sums are float32."""
+    """The definition in plain ATen, out of reach of autocast. Sums are float32."""
     rows, made = products.rows.float(), []
-    for weight, bias in zip(products.weights, products.biases, strict=True):
-        out = rows @ weight.float().mT
-        made.append((out if bias is None else out + bias.float()).to(products.rows.dtype))
+    with without_autocast("cpu"):
+        for weight, bias in zip(products.weights, products.biases, strict=True):
+            out = rows @ weight.float().mT
+            made.append((out if bias is None else out + bias.float()).to(products.rows.dtype))
     return made
 
 

@@ -61,7 +61,7 @@ class Plan:
     @property
     def dtype(self) -> torch.dtype:
         """The widest of the products with the latent; autocast may compute them in a narrower one than the latent's."""
-        products = (part.contraction.meta["val"].dtype for part in self.parts)
+        products: list[torch.dtype] = [part.contraction.meta["val"].dtype for part in self.parts]
         return functools.reduce(torch.promote_types, products)
 
     @property
