@@ -60,12 +60,15 @@ def roles_of(
     repeated = [axis for axis in order if axis in indexed and axis not in roots]
     shared = [axis for axis in order if axis in indexed and axis not in repeated]
     groups = [axis for axis in order if axis in repeated or (axis in single and axis not in queries)]
-    # With one shared axis and heads that share it, it is the batch, and there is one key head; unless it tells sinks
-    # apart, which are weights of the heads: then it is one sequence alone.
-    alone = len(shared) == 1 and bool(groups) and shared[0] not in _told_apart_by_sinks(steps, space)
+    # With one shared axis and heads that share it, it is the batch, and there is one key head; else the last is that of
+    # the heads. Sinks that are the same for all tokens are weights of the heads: what they tell apart is no batch.
+    told = _told_apart_by_sinks(steps, space)
+    told = frozenset() if told & set(queries) else told
+    first = next((n for n, axis in enumerate(shared) if axis in told), len(shared))
+    first = first if first < len(shared) or (len(shared) == 1 and groups) else len(shared) - 1
     return SiteAxes(
-        batch=tuple(shared if alone else shared[:-1]),
-        heads=() if alone else tuple(shared[-1:]),
+        batch=tuple(shared[: max(first, 0)]),
+        heads=tuple(shared[max(first, 0) :]),
         groups=tuple(groups),
         queries=tuple(queries),
         keys=keys,

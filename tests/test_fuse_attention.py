@@ -129,6 +129,21 @@ def test_sinks_tell_the_key_heads_of_one_sequence_from_a_batch(queries: int) -> 
     assert found.verdict.outcome == "applied" and found.error < 1e-5
 
 
+def test_sinks_tell_all_axes_of_heads_from_a_batch() -> None:
+    """Behind a cast, repeated keys are keys of their own: their heads have two axes (Flint)."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, sink: Tensor) -> Tensor:
+        key, value = (x[:, :, None].expand(-1, -1, 2, -1, -1).reshape(2, 4, 9, 8) for x in (key, value))
+        sinks = sink.reshape(1, -1, 1, 1).expand(*query.shape[:3], 1)
+        scores = torch.cat((query.double() @ key.double().mT, sinks), -1)
+        return scores.softmax(-1)[..., :-1].to(value.dtype) @ value
+
+    torch.manual_seed(0)
+    given = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(4).double()
+    found = outcome("fuse_attention", attend, *given)
+    assert found.verdict.outcome == "applied" and found.error < 1e-5
+
+
 REFUSED = {
     "differ from token to token": lambda q, k, v: torch.cat((q @ k.mT, q[..., :1]), -1).softmax(-1)[..., :-1] @ v,
     "read by something else": lambda q, k, v: (w := (q @ k.mT).softmax(-1)) @ v + w.sum(),

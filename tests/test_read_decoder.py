@@ -61,6 +61,7 @@ DECODERS = {
     "gate beside the queries": ("Qwen3_5Text", {"head_dim": 8, "layer_types": ["full_attention"] * 2}),
     "norms of values too": ("Gemma4Text", {"head_dim": 8, "num_kv_shared_layers": 0, "global_head_dim": 16}),
     "norm after rope, turned backwards": ("NanoChat", {}),
+    "keys repeated, then cast": ("Flint", {"head_dim": 8, "implementation": "eager"}),
     "norm with a bias": ("Persimmon", {"num_key_value_heads": 6}),
 }
 
@@ -92,6 +93,11 @@ def test_weights_are_read_exactly() -> None:
     assert torch.equal(layer.value.flat, own.v_proj.weight)
     assert torch.equal(layer.output.weight.flatten(1), own.o_proj.weight)
     assert layer.query.bias is None and layer.cached == 32
+
+
+def test_repeated_heads_are_read_once() -> None:
+    layer = read_decoder(make("Flint", "eager", head_dim=8)).layers[0]
+    assert (layer.heads, layer.groups, layer.cached) == (6, 2, 32) and layer.sinks is not None
 
 
 def test_interleaved_projections_are_told_apart() -> None:

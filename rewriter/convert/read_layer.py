@@ -69,6 +69,7 @@ class LayerReader:
         query = self._projection(source, site.query, found.query, "query", axes.heads + axes.groups, width_of(site))
         key = self._projection(source, site.key, found.key, "key", axes.heads, width_of(site))
         value = self._projection(source, site.value, found.value, "value", axes.heads, axes.value_width)
+        key, value = _without_copies(key, value)
         output, gate = read_output(self.gm, site, self.inputs, source, self.path or "the model")
         return AttentionLayer(
             self.path,
@@ -202,3 +203,19 @@ class LayerReader:
         if found is None:
             raise self.refuse(f"the {which} is no linear map of the hidden states")
         return found
+
+
+def _without_copies(key: Affine, value: Affine) -> tuple[Affine, Affine]:
+    """One of several heads side by side that are the same: repetitions that were not seen as such, behind a cast."""
+    groups = key.weight.shape[0]
+    for count in range(groups, 1, -1):
+        if groups % count == 0 and all(_repeats(x, count) for one in (key, value) for x in (one.weight, one.bias)):
+            key, value = (
+                Affine(one.weight[::count], None if one.bias is None else one.bias[::count]) for one in (key, value)
+            )
+            break
+    return key, value
+
+
+def _repeats(x: Tensor | None, count: int) -> bool:
+    return x is None or bool((x.unflatten(0, (-1, count)) == x[::count].unsqueeze(1)).all())
