@@ -53,7 +53,7 @@ class Expanded(nn.Module):
             rope = rope.view(batch, tokens, self.ropes, -1).transpose(1, 2)
             rope = (rope * cos + rotate_half(rope) * sin).expand(-1, self.groups, -1, -1)
             parts = [(turned, plain), (rope, key)] if self.ways.get("first") else [(plain, turned), (key, rope)]
-            query, key = (torch.cat(part, -1) for part in parts)
+            query, key = (filled(*part) if self.ways.get("filled") else torch.cat(part, -1) for part in parts)
         else:
             query = plain
         if past_key_values is not None:
@@ -66,8 +66,20 @@ class Expanded(nn.Module):
         return self.out(heads.transpose(1, 2).reshape(batch, tokens, -1)), None
 
 
+def filled(plain: Tensor, turned: Tensor) -> Tensor:
+    """Both in one buffer, as that code does it."""
+    width = plain.shape[-1]
+    made = plain.new_empty(*plain.shape[:-1], width + turned.shape[-1])
+    made[:, :, :, :width] = plain
+    made[:, :, :, width:] = turned
+    return made
+
+
 def expanded(dtype: torch.dtype = torch.float64, layers: int = 2, **ways: Any) -> Any:
-    """`turned` columns of the keys have positions, `first` or behind, and `ropes` heads; `groups`, `bias`, `norm`."""
+    """`turned` columns of the keys have positions, `first` or behind, and `ropes` heads; `filled` buffers hold them.
+
+    `groups` of heads share keys; `bias` and `norm` are those of the expansion.
+    """
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,

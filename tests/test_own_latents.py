@@ -23,6 +23,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "no rope": {"turned": 0},
     "a rope for each head": {"ropes": 4},
     "grouped heads": {"groups": 2, "bias": True},
+    "in buffers that are filled": {"filled": True},
 }
 NUMBERS = {"a rope for each head": 12 + 4 * 4, "no rope": 12}
 """Kept for a token and layer; of 4 (12 + 6) in full."""
@@ -84,9 +85,10 @@ def test_beams_copies_and_cropping() -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("filled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_attention_reads_the_latents(dtype: torch.dtype) -> None:
-    model, tokens = expanded(dtype), ids(1, 40)
+def test_compiled_attention_reads_the_latents(dtype: torch.dtype, filled: bool) -> None:
+    model, tokens = expanded(dtype, filled=filled), ids(1, 40)
     compiled = copy.deepcopy(model)
     cache, other = latent.LatentCache(model, 512), latent.LatentCache(compiled, 512)
     torch._dynamo.reset()

@@ -37,13 +37,16 @@ class LayerReader:
         self.path = module_path(site.anchor)
         self.origins = origins(site)
 
-    def refuse(self, reason: str) -> ConversionRefused:
-        return ConversionRefused(self.path or "the model", reason)
+    def refuse(self, reason: str, todo: str = "") -> ConversionRefused:
+        return ConversionRefused(self.path or "the model", reason, todo)
 
     def layer(self) -> AttentionLayer:
         site, found = self.site, self.origins
         if (latent := low_rank(site, found=found)) is not None:
-            raise self.refuse(f"its keys and values are made of a latent of {latent.width} numbers already")
+            raise self.refuse(
+                f"its keys and values are made of a latent of {latent.width} numbers already",
+                "If its cache holds the keys of every head all the same, latent.LatentCache(model) keeps the latent.",
+            )
         scores, weights = score_form(site), unusual_weights(site)
         if not isinstance(scores, ScoreForm):
             raise self.refuse(scores.reason)
