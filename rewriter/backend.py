@@ -25,6 +25,7 @@ from .compat import (
     hand_to_inductor,
     list_mode_options,
     recompile_reason,
+    reset_with_dynamo,
     size_hints,
 )
 from .dump import Recorded, recorded_of, trace_artifacts, wants_stages, write_recorded
@@ -69,6 +70,7 @@ def latent(
 ) -> Compiled:
     """The backend. Raises OptionError for a bad option and ExpectationFailed for a broken contract, else nothing."""
     chosen = read_options(options, mode)
+    reset_with_dynamo(latent)
     spare = gm
     try:
         spare = untouched_copy(gm)

@@ -71,6 +71,7 @@ __all__ = [
     "random_ops_kept",
     "reads_data",
     "real_tensors_allowed",
+    "reset_with_dynamo",
     "set_checkpoint_policy",
     "size_hints",
     "source_name",
@@ -422,6 +423,11 @@ def add_input(gm: fx.GraphModule, name: str, value: torch.Tensor, after: fx.Node
 def mark_static_address(tensor: torch.Tensor) -> None:
     """Promise Dynamo that a tensor keeps its address from call to call."""
     torch._dynamo.mark_static_address(tensor)  # 2.13
+
+
+def reset_with_dynamo(backend: Any) -> None:
+    """Let the next `torch._dynamo.reset()` call `backend.reset`, also where code that it dropped was compiled again."""
+    torch._dynamo.eval_frame.cached_backends.setdefault(id(backend), backend)  # 2.13
 
 
 def is_static_input(placeholder: fx.Node) -> bool:

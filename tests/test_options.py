@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from latent.rewriter import backend
+from latent.rewriter import backend, history
 from latent.rewriter.options import OptionError, Options, read_options
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
@@ -233,3 +233,15 @@ def test_found_by_name_without_an_import(tmp_path: Path) -> None:
         [sys.executable, "-c", PROGRAM], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.stdout.split() == ["True", "True", "1"], done.stderr
+
+
+def test_a_reset_of_dynamo_drops_the_reports_of_code_that_outlived_an_earlier_one() -> None:
+    compiled = torch.compile(lambda q, k, v: (q @ k.mT).softmax(-1) @ v, backend="latent", options={"inner": "eager"})
+    given = [torch.randn(1, 2, 5, 8) for _ in range(3)]
+    for _ in range(2):
+        torch._dynamo.reset()
+        assert not history.reports().graphs
+        compiled(*given)
+        assert len(history.reports().graphs) == 1
+    torch._dynamo.reset()
+    assert not history.reports().graphs
