@@ -37,7 +37,7 @@ class LinearWalk:
     """The steps behind an operand, up to where they are no longer linear."""
 
     def __init__(self, site: AttentionSite, keys: Axis) -> None:
-        self.site, self.space, self.keys = site, site.space, keys
+        self.space, self.keys = site.space, keys
         self.batch = set(self.space.resolve(site.axes.batch))
         self.heads = set(self.space.axes((site.axes.heads, site.axes.groups)))
         self.layouts: dict[fx.Node, Layout] = {}

@@ -101,6 +101,24 @@ def test_compiled_attention_reads_the_latents(dtype: torch.dtype, filled: bool) 
     assert len(graphs) == 2 and latent.reports().count("absorb_up_projection") == 4
 
 
+@pytest.mark.parametrize("max_length", [None, 128])
+def test_sizes_that_are_symbols_are_not_those_of_the_latents(max_length: int | None) -> None:
+    """Three padded rows, compiled with dynamic=True: decoding attends to the latents all the same."""
+    model, tokens = expanded(torch.float32, bias=True), ids(3, 90)
+    mask = torch.ones_like(tokens)
+    mask[0, :11], mask[2, :40] = 0, 0
+    compiled = copy.deepcopy(model)
+    torch._dynamo.reset()
+    compiled.compile(backend="latent", dynamic=True, options={"inner": "eager"})
+    pieces = [86, 1, 1, 1, 1]
+    wanted = by_steps(model, tokens, DynamicCache(), pieces, mask)
+    found = by_steps(compiled, tokens, latent.LatentCache(compiled, max_length), pieces, mask)
+    shown = mask.bool()
+    torch.testing.assert_close(found[shown], wanted[shown], rtol=1e-4, atol=1e-4)
+    decoding = latent.reports().graphs[-1]
+    assert [v.outcome for v in decoding.verdicts if v.rewrite == "absorb_up_projection"] == ["applied"] * 2
+
+
 def test_weights_that_changed_are_noticed() -> None:
     model = expanded()
     cache = latent.LatentCache(model)

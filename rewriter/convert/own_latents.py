@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .layers import Affine
 from .memory import heads_of
@@ -53,7 +53,8 @@ class OwnLatent:
         key_bias, value_bias = zeros
         bias = torch.cat((key_bias[plain].reshape(-1), value_bias.reshape(-1)))
         value_width = value.weight.shape[1]
-        return cls(basis, bias if bool(bias.any()) else None, groups, value_width, first, end, shared)
+        weights = (_weight(basis), _weight(bias) if bool(bias.any()) else None)
+        return cls(*weights, groups, value_width, first, end, shared)
 
     @property
     def numbers(self) -> int:
@@ -74,7 +75,7 @@ class OwnLatent:
         plain = self.groups * (self.basis.shape[0] // self.groups - self.value_width)
         bias = (None, None) if self.bias is None else (self.bias[:plain], self.bias[plain:])
         key, value = (
-            heads_of(torch.nn.functional.linear(latent.squeeze(1), weight, b), self.groups)
+            heads_of(nn.functional.linear(latent.squeeze(1), weight, b), self.groups)
             for weight, b in zip((self.basis[:plain], self.basis[plain:]), bias, strict=True)
         )
         other = other.expand(-1, self.groups, -1, -1)
@@ -85,3 +86,8 @@ class OwnLatent:
         """The largest difference that keeping them makes, relative to the largest number."""
         pairs: Any = zip((key, value), self.made(*self.kept(key, value)), strict=True)
         return max(float((x - y).abs().max() / x.abs().max().clamp_min(1e-30)) for x, y in pairs)
+
+
+def _weight(x: Tensor) -> Tensor:
+    """As a parameter: its sizes are no symbols, also where all others are (`dynamic=True`)."""
+    return nn.Parameter(x, requires_grad=False)
