@@ -168,7 +168,7 @@ def _constants(spec: KernelSpec, isa: Isa) -> dict[str, object]:
     columns = _up(spec.out_width, 2 * isa.lanes) if dot else spec.out_width
     if tiles:
         query_steps, out_rows = _up(steps, 16), columns
-        tile, block = 128, 64
+        tile, block = 128, 128
     else:
         query_steps, out_rows = steps, max(_up(columns, i) for i in (i_of_one, i_of_two))
         tile, block = (32, 48) if widths >= 256 else (64, 96)

@@ -16,6 +16,7 @@ from .autocast import keep_from_autocast, without_autocast
 from .compat import trace_pre_dispatch
 from .emit import LOWERED
 from .purity import enables_grad
+from .real_parts import in_real_parts
 from .registry import LibraryCall, joint_lowerings, lowerings
 
 
@@ -46,6 +47,7 @@ def lower(gm: fx.GraphModule, bodies: bool = False) -> tuple[Lowering, ...]:
             inline(node, form or node.target)
         done.append(Lowering(name, reason))
     if done and not bodies:  # a graph in which nothing was rewritten stays as it is, node for node
+        done += [Lowering(*made) for made in in_real_parts(gm.graph)]
         for join in joint_lowerings():
             done += [Lowering(*made) for made in join(gm.graph, gradients)]
     gm.recompile()

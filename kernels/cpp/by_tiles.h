@@ -62,7 +62,7 @@ INLINE void transpose_weights(const Rows& w, int count, uint32_t (*by_row)[VALUE
   for (int r = 0; r < VECTORS * LANES; r += LANES)
     for (int n = 0; n < VALUE_STEPS; n += LANES) {
       Words square[LANES];
-      for (int i = 0; i < LANES; i++) square[i] = n + i < pairs ? load(w.weights[n + i] + r) : Words{};
+      for (int i = 0; i < LANES; i++) square[i] = n + i < pairs ? load(w.weights + (n + i) * VECTORS * LANES + r) : Words{};
       transpose(square);
       for (int i = 0; i < LANES; i++) store(by_row[r + i] + n, square[i]);
     }
@@ -77,15 +77,16 @@ INLINE bool reads_cache(const Arguments&, int vectors) {
 template <int VECTORS>
 INLINE void score_cache(const Arguments& a, const Tile& t, Rows& w, int64_t first, Ahead& ahead) {
   constexpr bool TWO = VECTORS == 2;
-  constexpr int64_t FLOAT = sizeof(float), BYTES = sizeof(Element), QUERY = GROUP * sizeof(Operand);
+  constexpr int64_t LINE = VECTORS * LANES, FLOAT = sizeof(float), BYTES = sizeof(Element);
+  constexpr int64_t QUERY = LINE * sizeof(Operand);
   for (int n = 0; n < BLOCK; n += 2 * SIDE) {
-    const Result scores{w.scores[n], GROUP * FLOAT, SIDE * GROUP * FLOAT, SIDE * FLOAT};
+    const Result scores{w.scores + n * LINE, LINE * FLOAT, SIDE * LINE * FLOAT, SIDE * FLOAT};
     multiply_tiles<true, TWO, false>({key_row(a, t, first + n), a.key_t * BYTES, SIDE * a.key_t * BYTES, 64},
                                      {w.queries[0], QUERY, 64, SIDE * QUERY}, WIDTH / 32, scores, ahead);
     if constexpr (ROPE > 0)
       multiply_tiles<true, TWO, true>(
           {key_rope_row(a, t, first + n), a.key_rope_t * BYTES, SIDE * a.key_rope_t * BYTES, 64},
-          {w.queries[0] + WIDTH / STEP, QUERY, 64, SIDE * QUERY}, ROPE / 32, scores, ahead);
+          {w.queries[0] + WIDTH / STEP * LINE, QUERY, 64, SIDE * QUERY}, ROPE / 32, scores, ahead);
   }
 }
 
@@ -113,7 +114,7 @@ template <int VECTORS>
 static void attend_group(const Arguments& a, const Tile& t, Rows& w, int group, int64_t first, int count, int64_t end,
                          bool biased, bool packed) {
   constexpr bool TWO = VECTORS == 2;
-  constexpr int64_t PAIR = sizeof(Operand), FLOAT = sizeof(float);
+  constexpr int64_t LINE = VECTORS * LANES, PAIR = sizeof(Operand), FLOAT = sizeof(float);
   Ahead ahead{a, t, group == 0 ? first + BLOCK : end, std::min(end, first + 2 * BLOCK)};
   if (!packed) {
     score_cache<VECTORS>(a, t, w, first, ahead);
@@ -121,8 +122,8 @@ static void attend_group(const Arguments& a, const Tile& t, Rows& w, int group, 
     for (int n = 0; n < count; n += 2 * SIDE)
       multiply_tiles<true, TWO, false>(
           {w.keys + n * KEY_STRIDE, KEY_STRIDE * PAIR, SIDE * KEY_STRIDE * PAIR, SIDE * PAIR},
-          {w.queries[group], GROUP * PAIR, SIDE * PAIR, SIDE * GROUP * PAIR}, QUERY_STEPS / SIDE,
-          {w.scores[n], GROUP * FLOAT, SIDE * GROUP * FLOAT, SIDE * FLOAT}, ahead);
+          {w.queries[group], LINE * PAIR, SIDE * PAIR, SIDE * LINE * PAIR}, QUERY_STEPS / SIDE,
+          {w.scores + n * LINE, LINE * FLOAT, SIDE * LINE * FLOAT, SIDE * FLOAT}, ahead);
   }
   weigh<VECTORS>(a, w, group, count, biased);
 

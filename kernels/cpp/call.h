@@ -62,22 +62,30 @@ constexpr int lines_of(int width) { return (width * (int)sizeof(Element) + 63) /
 
 struct Ahead {
   static constexpr int KEY = lines_of(WIDTH), ROPES = lines_of(ROPE);
-  static constexpr int LINES = KEY + ROPES + (VALUES_ARE_KEYS ? 0 : lines_of(VALUE_WIDTH));
+  static constexpr int VALUE = VALUES_ARE_KEYS ? 0 : lines_of(VALUE_WIDTH);
+  static constexpr int LINES = KEY + ROPES + VALUE;
 
   const Arguments& a;
   const Tile& t;
   int64_t token, last;
-  int line = 0;
+  const char* at = nullptr;
+  int part = 0, left = 0;
 
   INLINE_METHOD void fetch(int lines) {
-    for (; lines > 0 && token < last; lines--) {
-      const Element* row = line < KEY           ? key_row(a, t, token)
-                           : line < KEY + ROPES ? key_rope_row(a, t, token)
-                                                : value_row(a, t, token);
-      const int at = line < KEY ? line : line < KEY + ROPES ? line - KEY : line - KEY - ROPES;
-      __builtin_prefetch(row + at * (64 / (int)sizeof(Element)), 0, 2);
-      if (++line == LINES) line = 0, token++;
+    while (lines > 0 && (left > 0 || begin_row())) {
+      const int now = std::min(lines, left);
+      for (int i = 0; i < now; i++, at += 64) __builtin_prefetch(at, 0, 2);
+      lines -= now, left -= now;
     }
+  }
+
+  INLINE_METHOD bool begin_row() {
+    if (token >= last) return false;
+    if (part == 0) at = (const char*)key_row(a, t, token), left = KEY;
+    else if (ROPES > 0 && part == 1) at = (const char*)key_rope_row(a, t, token), left = ROPES;
+    else at = (const char*)value_row(a, t, token), left = VALUE;
+    if (++part == 1 + (ROPES > 0) + (VALUE > 0)) part = 0, token++;
+    return true;
   }
 };
 
@@ -102,6 +110,7 @@ static Sight look(const Arguments& a, const Tile& t, int64_t first, int count, b
                        (a.window > 0 && first <= last_token + a.offset - a.window);
   if (MASK == Mask::NONE && !limited) return Sight::ALL;
   bool any = false, all = MASK != Mask::ADDITIVE;
+  int filled = 0;
   float line[count];
   const MaskElement* shown = nullptr;
   int64_t shown_token = -1;
@@ -134,7 +143,9 @@ static Sight look(const Arguments& a, const Tile& t, int64_t first, int count, b
       }
       any |= visible, all &= !hidden;
     }
-    for (int n = 0; n < count; n++) bias[place(r, n)] = line[n];
+    if (all) continue;
+    for (; filled <= r; filled++)  // rows before the first that hides a key see all
+      for (int n = 0; n < count; n++) bias[place(filled, n)] = filled < r ? 0.f : line[n];
   }
   return all ? Sight::ALL : any ? Sight::SOME : Sight::NONE;
 }

@@ -6,16 +6,19 @@
 
 constexpr int GROUP = 2 * LANES;  // rows that go through the products together
 
-struct Rows {
-  alignas(64) Operand queries[TILE / GROUP][QUERY_STEPS][GROUP];  // zeros from KEY_STEPS on
+struct Rows {  // what has a line for each step or token holds the rows of a group in it, see `line_of`
+  alignas(64) Operand queries[TILE / GROUP][QUERY_STEPS * GROUP];  // zeros from KEY_STEPS on
   alignas(64) Operand keys[BLOCK * KEY_STRIDE];
   alignas(64) Operand values[VALUES_ARE_KEYS && !BF16_DOT ? 1 : VALUE_STEPS * VALUE_STRIDE];
-  alignas(64) float scores[BLOCK][GROUP];
-  alignas(64) Operand weights[VALUE_STEPS][GROUP];
-  alignas(64) float bias[TILE / GROUP][BLOCK][GROUP];
+  alignas(64) float scores[BLOCK * GROUP];
+  alignas(64) Operand weights[VALUE_STEPS * GROUP];
+  alignas(64) float bias[TILE / GROUP][BLOCK * GROUP];
   alignas(64) float out[TILE / GROUP][OUT_ROWS * GROUP];
   alignas(64) float top[TILE], total[TILE], keep[GROUP];
 };
+
+// One vector where a group has no two: lines with gaps would leave half of the sets of the cache unused.
+constexpr int line_of(int vectors, int group) { return std::min(2, vectors - 2 * group) * LANES; }
 
 // Where value e lies in a packed row: of 2 · LANES bfloat16 the even ones stand before the odd ones.
 constexpr int column(int e) {
@@ -75,15 +78,18 @@ INLINE Loaded query_operands(const Arguments& a, const Tile& t, int r, int k) {
   return loaded(both);
 }
 
-static void transpose_queries(const Arguments& a, const Tile& t, Rows& w) {
-  for (int r = 0; r < t.rows; r += LANES)
+static void transpose_queries(const Arguments& a, const Tile& t, Rows& w, int vectors) {
+  for (int r = 0; r < t.rows; r += LANES) {
+    const int line = line_of(vectors, r / GROUP);
+    Operand* lines = w.queries[r / GROUP] + r % GROUP;
     for (int k = 0; k < KEY_STEPS; k += LANES) {
       Loaded square[LANES];
       for (int i = 0; i < LANES; i++) square[i] = r + i < t.rows ? query_operands(a, t, r + i, k) : Loaded{};
       transpose(square);
-      for (int i = 0; i < std::min(LANES, KEY_STEPS - k); i++)
-        *(Loaded*)(w.queries[r / GROUP][k + i] + r % GROUP) = square[i];
+      for (int i = 0; i < std::min(LANES, KEY_STEPS - k); i++) *(Loaded*)(lines + (k + i) * line) = square[i];
     }
+    for (int k = KEY_STEPS; k < QUERY_STEPS; k++) *(Loaded*)(lines + k * line) = Loaded{};
+  }
 }
 
 // Two weights of a row as a pair of bfloat16.
@@ -95,17 +101,18 @@ INLINE Words pair(Floats even, Floats odd) {
 // Scores become weights 2^(score - top); what was summed before is worth keep = 2^(old top - new top).
 template <int VECTORS>
 INLINE void weigh(const Arguments& a, Rows& w, int group, int count, bool biased) {
+  constexpr int LINE = VECTORS * LANES;
   for (int v = 0; v < VECTORS; v++) {
     const int at = v * LANES;
     float factor = (float)a.scale * LOG2E;
     if constexpr (CAPPED) {
       const float inner = (float)(a.scale / a.cap), outer = (float)a.cap;
       factor = LOG2E;
-      for (int n = 0; n < count; n++) store(w.scores[n] + at, outer * tanh_of(load(w.scores[n] + at) * inner));
+      for (int n = 0; n < count; n++) store(w.scores + n * LINE + at, outer * tanh_of(load(w.scores + n * LINE + at) * inner));
     }
     const auto score = [&](int n) {
-      const Floats s = load(w.scores[n] + at) * factor;
-      return biased ? s + load(w.bias[group][n] + at) : s;
+      const Floats s = load(w.scores + n * LINE + at) * factor;
+      return biased ? s + load(w.bias[group] + n * LINE + at) : s;
     };
     const Floats before = load(w.top + group * GROUP + at);
     Floats top = before, total = {};
@@ -116,9 +123,9 @@ INLINE void weigh(const Arguments& a, Rows& w, int group, int count, bool biased
       if constexpr (BF16_DOT) {
         const Floats next = n + 1 < count ? power_of_two(score(n + 1) - top) : Floats{};
         total += next;
-        store((uint32_t*)w.weights[n / STEP] + at, pair(weight, next));
+        store((uint32_t*)w.weights + n / STEP * LINE + at, pair(weight, next));
       } else {
-        store((float*)w.weights[n] + at, weight);
+        store((float*)w.weights + n * LINE + at, weight);
       }
     }
     const Floats keep = power_of_two(before - top);
@@ -142,14 +149,16 @@ static void attend_many(const Arguments& a, const Tile& t, int64_t low, int64_t 
   Rows& w = scratch<Rows>();
   const int vectors = (t.rows + LANES - 1) / LANES, groups = (vectors + 1) / 2;
   begin_products();
-  transpose_queries(a, t, w);
+  transpose_queries(a, t, w, vectors);
   std::memset(w.out, 0, groups * sizeof w.out[0]);
   std::fill_n(w.top, groups * GROUP, LOWEST);
   std::fill_n(w.total, groups * GROUP, 0.f);
-  const auto place = [](int r, int n) { return (r / GROUP * BLOCK + n) * GROUP + r % GROUP; };
+  const auto place = [=](int r, int n) {
+    return r / GROUP * BLOCK * GROUP + n * line_of(vectors, r / GROUP) + r % GROUP;
+  };
   for (int64_t first = low; first < high; first += BLOCK) {
     const int count = (int)std::min<int64_t>(BLOCK, high - first);
-    const Sight sight = look(a, t, first, count, skip, result.skipped, w.bias[0][0], place);
+    const Sight sight = look(a, t, first, count, skip, result.skipped, w.bias[0], place);
     if (sight == Sight::NONE) continue;
     const bool packed = count < BLOCK || !reads_cache(a, vectors);
     if (packed) pack(a, t, first, count, w);
