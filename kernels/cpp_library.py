@@ -87,7 +87,7 @@ def _version(path: str) -> str:
 _ARGUMENTS = struct.Struct("=37q2d")
 """struct Arguments of kernels/cpp/call.h."""
 
-_NO_STRIDES = (0, 0, 0)
+_NONE = (None, (0, 0, 0))
 
 
 def kernel(spec: KernelSpec, path: Path) -> Callable[[Call], Tensor]:
@@ -100,13 +100,12 @@ def kernel(spec: KernelSpec, path: Path) -> Callable[[Call], Tensor]:
 
     def run(call: Call) -> Tensor:
         q, qr, k, kr, v, mask, sinks, scale, cap, causal, window, offset, _, used = call
-        q, k = _rows(q), _rows(k)
+        (q, q_strides), (k, k_strides) = _rows(q), _rows(k)
+        qr, qr_strides = _rows(qr) if qr is not None else _NONE
+        kr, kr_strides = _rows(kr) if kr is not None else _NONE
+        v, v_strides = _rows(v) if v is not None else _NONE
         B, H, S, _ = q.shape
-        K, T = k.shape[1], k.shape[2]
-        if qr is not None and kr is not None:
-            qr, kr = _rows(qr), _rows(kr)
-        if v is not None:
-            v = _rows(v)
+        _, K, T, _ = k.shape
         if mask is not None and mask.dtype is not torch.bool and mask.dtype is not mask_dtype:
             mask = mask.to(mask_dtype)
         if sinks is not None:
@@ -126,11 +125,7 @@ def kernel(spec: KernelSpec, path: Path) -> Callable[[Call], Tensor]:
                 0 if used is None else used.data_ptr(),
                 out.data_ptr(),
                 *(B, K, H // K, S, T),
-                *q.stride()[:3],
-                *(_NO_STRIDES if qr is None else qr.stride()[:3]),
-                *k.stride()[:3],
-                *(_NO_STRIDES if kr is None else kr.stride()[:3]),
-                *(_NO_STRIDES if v is None else v.stride()[:3]),
+                *(*q_strides, *qr_strides, *k_strides, *kr_strides, *v_strides),
                 *((0, 0, 0, 0) if mask is None else _broadcast_strides(mask)),
                 *(causal, window, offset, torch.get_num_threads()),
                 *(scale, cap),
@@ -145,6 +140,10 @@ def _broadcast_strides(mask: Tensor) -> list[int]:
     return [0 if n == 1 else stride for n, stride in zip(mask.shape, mask.stride(), strict=True)]
 
 
-def _rows(x: Tensor) -> Tensor:
-    """The last dimension contiguous, as the kernels need it."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _rows(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The last dimension contiguous, as the kernels need it, and the strides of the others."""
+    strides = x.stride()
+    if strides[-1] != 1:
+        x = x.contiguous()
+        strides = x.stride()
+    return x, strides[:-1]

@@ -49,8 +49,8 @@ def gemv(rows: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> li
     """
     by_columns = [_by_columns(weight) for weight in weights]
     if by_columns.count(by_columns[0]) == len(weights):
-        return kernel_for(_spec(rows, weights[0]))(Products(rows, weights, biases))
-    return [kernel_for(_spec(rows, w))(Products(rows, [w], [b]))[0] for w, b in zip(weights, biases, strict=True)]
+        return _kernel(rows.dtype, _height(rows, weights[0]), by_columns[0])(Products(rows, weights, biases))
+    return [made for w, b in zip(weights, biases, strict=True) for made in gemv(rows, [w], [b])]
 
 
 def _shapes(rows: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
@@ -62,12 +62,18 @@ torch.library.register_fake("latent::gemv", _shapes)
 
 
 def _by_columns(weight: Tensor) -> bool:
-    return weight.stride(-1) != 1 and weight.stride(-2) == 1
+    *_, line, inner = weight.stride()
+    return inner != 1 and line == 1
 
 
 def _height(rows: Tensor, weight: Tensor) -> int:
     """Rows that each matrix is multiplied by."""
-    return math.prod(rows.shape[1 if weight.dim() == 3 else 0 : -1])
+    return math.prod(rows.shape[weight.ndim == 3 : -1])
+
+
+@functools.cache
+def _kernel(dtype: torch.dtype, height: int, by_columns: bool) -> Callable[[Products], list[Tensor]]:
+    return kernel_for(GemvSpec(dtype, height, by_columns))
 
 
 def _spec(rows: Tensor, weight: Tensor) -> GemvSpec:

@@ -70,30 +70,38 @@ def build(spec: GemvSpec, level: Isa | None = None) -> tuple[str, Kernel]:
     function.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64]
     function.restype = None
     lines, inner = (-1, -2) if spec.by_columns else (-2, -1)
-    pack = struct.Struct("=13q").pack
+    pack, count = struct.Struct("=13q").pack, spec.rows
 
     def run(products: Products) -> list[Tensor]:
-        rows, packed, made, kept = products.rows.contiguous(), [], [], []
+        rows, packed, made, kept = products.rows, b"", [], []
         *outer, K = rows.shape
+        row_b, row_m = count * K, K
+        if not rows.is_contiguous():
+            if products.weights[0].ndim == 3 and rows.stride(2) == 1:
+                row_b, row_m, _ = rows.stride()
+            else:
+                rows = rows.contiguous()
+        numel, at = rows.numel(), rows.data_ptr()
         for weight, bias in zip(products.weights, products.biases, strict=True):
-            if weight.stride(inner) != 1:
+            strides = weight.stride()
+            if strides[inner] != 1:
                 weight = weight.mT.contiguous().mT if spec.by_columns else weight.contiguous()
+                strides = weight.stride()
             bias = None if bias is None else bias.contiguous()
-            heads, N = len(weight) if weight.dim() == 3 else 1, weight.shape[-2]
-            if weight.shape[-1] != K or rows.numel() != heads * spec.rows * K:
+            *heads, N, inputs = weight.shape
+            H = heads[0] if heads else 1
+            if inputs != K or numel != H * count * K:
                 raise ValueError(
                     f"rows {tuple(rows.shape)} and a weight {tuple(weight.shape)} do not fit: [.. K], [.. N K]"
                 )
-            out = rows.new_empty((*outer, N))
-            packed.append(
-                pack(
-                    *(rows.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr()),
-                    *(heads, K, N, spec.rows * K, K, weight.stride(0), weight.stride(lines), spec.rows * N, N),
-                )
+            out = torch.empty((*outer, N), dtype=rows.dtype)
+            packed += pack(
+                *(at, weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr()),
+                *(H, K, N, row_b, row_m, strides[0], strides[lines], count * N, N),
             )
             made.append(out)
             kept.append((weight, bias))
-        function(b"".join(packed), len(packed), torch.get_num_threads())
+        function(packed, len(made), torch.get_num_threads())
         return made
 
     return text, run

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ..rewriter.autocast import in_own_dtypes
+from ..rewriter.autocast import without_autocast
 from ..rewriter.kernel_sources import KernelSource
 from ..rewriter.nodes import args_of
 from ..rewriter.registry import source_printer
 from .self_check import check_once, small_calls
-from .spec import Call, KernelSpec, forms_of, of_used, spec_of, spec_of_forms
+from .spec import Call, Forms, KernelSpec, forms_of, of_used, spec_of, spec_of_forms
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,15 @@ torch.library.define(
 
 
 def reference(call: Call) -> Tensor:
-    """The definition in plain ATen: [B, H, S, E]. Scores, softmax and sums are float32, or float64 for float64."""
+    """The definition in plain ATen: [B, H, S, E], out of reach of autocast.
+
+    Scores, softmax and sums are float32, or float64 for float64.
+    """
+    with without_autocast(call.query.device.type):
+        return _reference(call)
+
+
+def _reference(call: Call) -> Tensor:
     query, key = call.query, call.key
     value = key if call.value is None else call.value
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -126,7 +134,7 @@ def _printed(node: fx.Node) -> list[KernelSource]:
     return [printed(spec_of(call), call.query.device.type)]
 
 
-def _generated_attention(*arguments: Any) -> Tensor:
+def _generated_attention(device: str, *arguments: Any) -> Tensor:
     call = Call(*arguments)
     if call.query.numel() == 0 or call.key.shape[2] == 0:
         nothing = _empty(*arguments).zero_()
@@ -135,12 +143,13 @@ def _generated_attention(*arguments: Any) -> Tensor:
         return nothing
     if call.used is not None and (call.totals or call.used.shape != call.query.shape[:2]):
         raise ValueError(f"used {tuple(call.used.shape)} is given with totals, or is not [B, H]")
-    spec = _spec_of_forms(forms_of(call), call.cap > 0.0, call.totals)
-    return kernel_for(spec, call.query.device.type)(call)
+    return kernel_for_forms(forms_of(call), call.cap > 0.0, call.totals, device)(call)
 
 
-_spec_of_forms = functools.lru_cache(1024)(spec_of_forms)
-"""The layers of a model call with the same forms; a cache that grows brings new ones with every token."""
+@functools.lru_cache(1024)
+def kernel_for_forms(forms: Forms, capped: bool, totals: bool, device: str) -> Kernel:
+    """The layers of a model call with the same forms; a cache that grows brings new ones with every token."""
+    return kernel_for(spec_of_forms(forms, capped, totals), device)
 
 
 def _empty(*arguments: Any) -> Tensor:
@@ -150,6 +159,6 @@ def _empty(*arguments: Any) -> Tensor:
     return call.query.new_empty((*call.query.shape[:3], width), dtype=torch.float32 if call.totals else None)
 
 
-torch.library.impl("latent::generated_attention", "CPU", in_own_dtypes(_generated_attention))
-torch.library.impl("latent::generated_attention", "CUDA", in_own_dtypes(_generated_attention))
+torch.library.impl("latent::generated_attention", "CPU", functools.partial(_generated_attention, "cpu"))
+torch.library.impl("latent::generated_attention", "CUDA", functools.partial(_generated_attention, "cuda"))
 torch.library.register_fake("latent::generated_attention", _empty)

@@ -94,9 +94,10 @@ class KernelSpec:
 
 
 Form = tuple[torch.dtype, torch.Size]
+Forms = tuple[Form | None, ...]
 
 
-def forms_of(call: Call) -> tuple[Form | None, ...]:
+def forms_of(call: Call) -> Forms:
     """Dtype and shape of every tensor of a call, in order."""
     return tuple([None if tensor is None else (tensor.dtype, tensor.shape) for tensor in call[:7]])
 
@@ -106,7 +107,7 @@ def spec_of(call: Call) -> KernelSpec:
     return spec_of_forms(forms_of(call), call.cap > 0.0, call.totals)
 
 
-def spec_of_forms(forms: tuple[Form | None, ...], capped: bool, totals: bool) -> KernelSpec:
+def spec_of_forms(forms: Forms, capped: bool, totals: bool) -> KernelSpec:
     """The same, from dtypes and shapes alone."""
     query, query_rope, key, key_rope, value, mask, sinks = forms
     assert query is not None and key is not None

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from latent.kernels import cpp_library, generated, latent_attention
 from latent.kernels.cpp_library import build, compiler, isa, kernel, library
 from latent.kernels.cpp_source import ISAS, Isa, source
-from latent.kernels.generated import kernel_for, reference
+from latent.kernels.generated import kernel_for, kernel_for_forms, reference
 from latent.kernels.self_check import KernelMismatch, check_once, random_call, small_calls
 from latent.kernels.spec import Call, KernelSpec, spec_of
 from torch import Tensor
@@ -302,11 +302,13 @@ def test_without_a_compiler_the_definition_runs(
 
 def _falls_back_with_one_warning(reason: str, caplog: pytest.LogCaptureFixture) -> None:
     kernel_for.cache_clear()
+    kernel_for_forms.cache_clear()
     call = random_call(PLAIN, "cpu", heads=4, key_heads=2, queries=1, tokens=20)
     with caplog.at_level(logging.WARNING, "latent"):
         for _ in range(2):
             assert torch.equal(torch.ops.latent.generated_attention(*call), reference(call))
     kernel_for.cache_clear()
+    kernel_for_forms.cache_clear()
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 1 and reason in messages[0] and PLAIN.name in messages[0]
 

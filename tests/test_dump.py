@@ -274,6 +274,7 @@ def test_kernels_in_a_dump_are_those_that_run(case: str, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(generated, "kernel_for", noting)
     monkeypatch.setattr(latent_attention, "kernel_for", noting)
+    generated.kernel_for_forms.cache_clear()
     from latent.rewriter.stages.python import render
 
     for threshold in (0, 1 << 30):
@@ -282,6 +283,7 @@ def test_kernels_in_a_dump_are_those_that_run(case: str, tmp_path: Path, monkeyp
         exec(render(graph.stages["lowered"]), module)
         with torch.no_grad():
             module["graph"](**module["inputs"]())
+    generated.kernel_for_forms.cache_clear()
     sources = [source for each in graph.kernels.values() for source in each]
     assert ran and {source.name for source in sources} == ran
     assert all("latent_attention" in source.text and source.suffix == ".cpp" for source in sources)
