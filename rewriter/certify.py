@@ -26,6 +26,7 @@ TOLERANCE = 1e-9
 LIMIT = 1 << 28
 """Elements of the largest intermediate tensor that a certificate may compute."""
 
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 _NARROW = {torch.float16, torch.bfloat16, torch.float32}
 
 
@@ -130,7 +131,7 @@ def _determined(inputs: set[fx.Node]) -> set[fx.Node]:
 
     def determined(node: fx.Node) -> bool | None:
         """None for what has not been looked at yet."""
-        if node in inputs or node.op == "get_attr" or not isinstance(node.meta.get("val"), torch.Tensor):
+        if node in inputs or node.op == "get_attr" or isinstance(node.meta.get("val"), _NUMBERS):
             return True
         return found.get(node) if _made_of(node) else False
 

@@ -115,7 +115,9 @@ def test_sizes_that_are_symbols_are_not_those_of_the_latents(max_length: int | N
     found = by_steps(compiled, tokens, latent.LatentCache(compiled, max_length), pieces, mask)
     shown = mask.bool()
     torch.testing.assert_close(found[shown], wanted[shown], rtol=1e-4, atol=1e-4)
-    decoding = latent.reports().graphs[-1]
+    graphs = latent.reports().graphs
+    assert not [v for graph in graphs for v in graph.verdicts if v.outcome == "undone"]
+    decoding = graphs[-1]
     assert [v.outcome for v in decoding.verdicts if v.rewrite == "absorb_up_projection"] == ["applied"] * 2
 
 
