@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ..rewriter.autocast import without_autocast
@@ -25,7 +26,7 @@ from ..rewriter.kernel_sources import KernelSource
 from ..rewriter.mutations import Mutations
 from ..rewriter.nodes import args_of
 from ..rewriter.registry import joint_lowering, source_printer
-from ..rewriter.sizes import fake_mode_of_value
+from ..rewriter.sizes import concrete, fake_mode_of_value
 from .cpp_library import isa
 from .gemv_library import MOST_ROWS, GemvSpec, Products, build, source
 from .generated import DTYPES, unavailable
@@ -45,12 +46,24 @@ torch.library.define("latent::gemv", "(Tensor rows, Tensor[] weights, Tensor?[] 
 def gemv(rows: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
     """rows [..., K] times weights [N, K] each, or rows [H, M, K] times one weight [H, N, K]: [..., N] each.
 
-    Weights that are contiguous in K or in N are read as they lie.
+    Weights that are contiguous in K or in N are read as they lie. The library makes the products of more than MOST_ROWS
+    rows, which can come where their number is a symbol.
     """
+    height = _height(rows, weights[0])
+    if not 0 < height <= MOST_ROWS:
+        return plain(rows, weights, biases)
     by_columns = [_by_columns(weight) for weight in weights]
     if by_columns.count(by_columns[0]) == len(weights):
-        return _kernel(rows.dtype, _height(rows, weights[0]), by_columns[0])(Products(rows, weights, biases))
+        return _kernel(rows.dtype, height, by_columns[0])(Products(rows, weights, biases))
     return [made for w, b in zip(weights, biases, strict=True) for made in gemv(rows, [w], [b])]
+
+
+def plain(rows: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
+    """The products in the library's operators, out of reach of autocast."""
+    with without_autocast(rows.device.type):
+        if weights[0].ndim == 3:
+            return [rows @ weights[0].mT]
+        return [F.linear(rows, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
 def _shapes(rows: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
@@ -77,7 +90,7 @@ def _kernel(dtype: torch.dtype, height: int, by_columns: bool) -> Callable[[Prod
 
 
 def _spec(rows: Tensor, weight: Tensor) -> GemvSpec:
-    return GemvSpec(rows.dtype, _height(rows, weight), _by_columns(weight))
+    return GemvSpec(rows.dtype, concrete(_height(rows, weight)), _by_columns(weight))
 
 
 def reference(products: Products) -> list[Tensor]:
@@ -134,7 +147,7 @@ def _printed(node: fx.Node) -> list[KernelSource]:
 
 def suits(rows: Tensor, weights: list[Tensor]) -> bool:
     """Whether the kernel takes these arguments, and reading the matrices is what their products take."""
-    height = _height(rows, weights[0])
+    height = concrete(_height(rows, weights[0]))
     if rows.dtype not in DTYPES or not isinstance(height, int) or not 0 < height <= MOST_ROWS:
         return False
     if any(weight.dtype != rows.dtype or not all(isinstance(n, int) for n in weight.shape) for weight in weights):

@@ -334,3 +334,31 @@ def test_kernels_are_printed_for_the_dump() -> None:
     (first, _) = gm.graph.find_nodes(op="call_function", target=torch.ops.latent.gemv.default)
     (kernel,) = kernel_sources(gm.graph)[first.name]
     assert kernel.file == "gemv_f32_1.cpp" and "latent_gemv" in kernel.text
+
+
+def test_a_number_of_rows_that_is_a_symbol_is_looked_at_in_each_call() -> None:
+    """Few rows are the kernel's, more of them the library's, and none are no error: one compilation serves all."""
+    torch.manual_seed(0)
+    heads, seen = torch.randn(3, 96, 256).bfloat16(), []
+    biased, plain = (nn.Linear(256, 300, bias).bfloat16().requires_grad_(False) for bias in (True, False))
+
+    def project(x: Tensor) -> tuple[Tensor, ...]:
+        return biased(x), plain(x)
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        captured = capture(gm, inputs)
+        seen.append(len(list(join_products(captured.graph, gradients=False))))
+        captured.recompile()
+        return captured.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(project, backend=backend, dynamic=True)
+    for rows in (3, 2, 7, 4, 50):
+        x = torch.randn(rows, 1, 256).bfloat16()
+        for ours, expected in zip(compiled(x), project(x), strict=True):
+            torch.testing.assert_close(ours, expected, rtol=2e-2, atol=2e-2)
+    assert seen == [1]
+    for rows in (0, 2, 9):
+        x = torch.randn(3, rows, 256).bfloat16()
+        (made,) = torch.ops.latent.gemv(x, [heads], [None])
+        torch.testing.assert_close(made, x @ heads.mT, rtol=2e-2, atol=2e-1)
