@@ -175,6 +175,21 @@ def test_nothing_is_read_past_the_keys(spec: KernelSpec) -> None:
         assert expected.isfinite().all() and torch.equal(built(spec, isa())(call._replace(**cache)), expected)
 
 
+@pytest.mark.parametrize("spec", [LATENT, WHOLE_BF16], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("heads", [3, 9, 24])
+def test_rows_that_see_all_stand_before_rows_that_do_not(spec: KernelSpec, heads: int) -> None:
+    """The room for biases holds what an earlier call hid: rows before the first that hides a key are cleared."""
+    torch.set_num_threads(1)
+    call = random_call(spec, "cpu", heads=heads, key_heads=1, queries=2, tokens=300)
+    visible = torch.rand(1, heads, 2, 300) < 0.5
+    built(spec, isa())(call._replace(mask=visible & False | (torch.arange(300) == 299)))
+    for first in (1, heads // 2, heads):
+        rows = visible.clone()
+        rows[:, :first, 0] = True
+        rows[..., 0] = True
+        assert error(call._replace(mask=rows), spec, isa()) < TOLERANCE[spec.dtype]
+
+
 def test_hidden_blocks_are_not_read() -> None:
     """A static cache costs what is filled, and what lies beyond may be anything."""
     for heads in (2, 16):

@@ -62,7 +62,8 @@ INLINE void transpose_weights(const Rows& w, int count, uint32_t (*by_row)[VALUE
   for (int r = 0; r < VECTORS * LANES; r += LANES)
     for (int n = 0; n < VALUE_STEPS; n += LANES) {
       Words square[LANES];
-      for (int i = 0; i < LANES; i++) square[i] = n + i < pairs ? load(w.weights + (n + i) * VECTORS * LANES + r) : Words{};
+      for (int i = 0; i < LANES; i++)
+        square[i] = n + i < pairs ? load(w.weights + (n + i) * VECTORS * LANES + r) : Words{};
       transpose(square);
       for (int i = 0; i < LANES; i++) store(by_row[r + i] + n, square[i]);
     }

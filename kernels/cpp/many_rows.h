@@ -108,7 +108,7 @@ INLINE void weigh(const Arguments& a, Rows& w, int group, int count, bool biased
     if constexpr (CAPPED) {
       const float inner = (float)(a.scale / a.cap), outer = (float)a.cap;
       factor = LOG2E;
-      for (int n = 0; n < count; n++) store(w.scores + n * LINE + at, outer * tanh_of(load(w.scores + n * LINE + at) * inner));
+      for (float* s = w.scores + at; s < w.scores + count * LINE; s += LINE) store(s, outer * tanh_of(load(s) * inner));
     }
     const auto score = [&](int n) {
       const Floats s = load(w.scores + n * LINE + at) * factor;
