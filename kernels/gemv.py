@@ -121,7 +121,10 @@ def _in_one(run: Callable[[Products], list[Tensor]]) -> Callable[[Products], Ten
 
 
 def small_products(spec: GemvSpec) -> Iterator[Products]:
-    """Two matrices and a bias, and a matrix for each head, in sizes that are no multiple of a vector or a group."""
+    """Two matrices and a bias, a matrix for each head, and rows that are not read again for each output for their length.
+
+    No size is a multiple of a vector or of a group.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def tensor(*shape: int) -> Tensor:
@@ -133,6 +136,8 @@ def small_products(spec: GemvSpec) -> Iterator[Products]:
 
     yield Products(tensor(spec.rows, 77), [weight(301, 77), weight(19, 77)], [tensor(301), None])
     yield Products(tensor(3, spec.rows, 40), [weight(3, 130, 40)], [None])
+    long = (16 << 10) // (spec.rows * spec.dtype.itemsize) + 5
+    yield Products(tensor(spec.rows, long), [weight(11, long)], [None])
 
 
 @source_printer("latent::gemv")
