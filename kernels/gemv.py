@@ -121,7 +121,7 @@ def _in_one(run: Callable[[Products], list[Tensor]]) -> Callable[[Products], Ten
 
 
 def small_products(spec: GemvSpec) -> Iterator[Products]:
-    """Two matrices and a bias, a matrix for each head, and rows that are not read again for each output for their length.
+    """Two matrices and a bias, a matrix for each head, and rows too long to be read again for each output.
 
     No size is a multiple of a vector or of a group.
     """
