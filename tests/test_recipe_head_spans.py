@@ -274,7 +274,7 @@ def test_live_bytes_are_those_of_the_plan(length: int) -> None:
     numbers = 2 * 8 * 8  # keys and values of 8 numbers in 64 bits
     for fixed in (None, length):
         cache = latent.LatentCache(made, fixed)
-        counters = 8 * 2 + (8 * 2 if fixed else 0)  # where rows begin, and how long they are
+        counters = 8 * 2  # where rows begin, in each of two layers; of a fixed cache that and its length, once
         seen = 0
         for pieces in (length - 7, *[1] * 7):
             for layer in cache.layers:

@@ -8,7 +8,7 @@ earlier calls where the band still reaches it, and that part of the new ones whi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,10 +17,13 @@ from ..attention import attend
 from ..scoring import Scoring
 from .span import Span, seen, seen_in_band
 
-__all__ = ["AtHand", "Keys", "attend_spans", "rows_at"]
+__all__ = ["AtHand", "Keys", "SharedMasks", "attend_spans", "rows_at"]
 
 BLOCK = 256
 """The fewest queries of a block."""
+
+MOST_SHARED = 1 << 24
+"""Elements of the masks of a class that are kept through a call."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,32 @@ class Keys:
         return Keys(torch.cat((self.key, key), 2), torch.cat((self.value, value), 2), every, self.kept)
 
 
+class SharedMasks:
+    """Masks of one call for all layers that hold the same tokens of a class, while there is room."""
+
+    def __init__(self) -> None:
+        self.made: list[tuple[int, Tensor | None, Tensor]] = []
+        """(a block's first query, the call's own mask, what both hide)."""
+        self.room = MOST_SHARED
+
+    def find(self, block: int, given: Tensor | None) -> Tensor | None:
+        return next((mask for first, other, mask in self.made if first == block and other is given), None)
+
+    def keep(self, block: int, given: Tensor | None, mask: Tensor) -> Tensor:
+        if mask.numel() <= self.room:
+            self.room -= mask.numel()
+            self.made.append((block, given, mask))
+        return mask
+
+
 @dataclass(frozen=True)
 class AtHand:
     """What the heads of one class have in a call: what was held, and the call's own tokens unless they are among it.
 
     `positions` [B or 1, S] are those of the queries, `column` [B or 1] says which column of the call's mask is position
     0. A band never reaches further back than `reach` tokens; None: every token is seen, as the call's own mask has it.
+    `first`: no token came before those of the call. `masks` are those that other layers have made in this call, if
+    they would be the same.
     """
 
     span: Span
@@ -59,6 +82,8 @@ class AtHand:
     held: Keys
     new: Keys | None
     reach: int | None
+    masks: SharedMasks | None = None
+    first: bool = False
 
 
 def attend_spans(query_BHSd: Tensor, hand: AtHand, mask: Tensor | None, scoring: Scoring) -> Tensor:
@@ -69,9 +94,16 @@ def attend_spans(query_BHSd: Tensor, hand: AtHand, mask: Tensor | None, scoring:
     for rows, keys in _blocks(hand, query_BHSd.shape[2]):
         key, value = (torch.cat([getattr(k, name) for k in keys], 2) if len(keys) > 1 else getattr(keys[0], name)
                       for name in ("key", "value"))  # fmt: skip
-        both = torch.cat([_mask(hand, rows, k, mask) for k in keys], -1)
-        made.append(attend(query_BHSd[:, :, rows], key, value, both, scoring))
+        made.append(attend(query_BHSd[:, :, rows], key, value, _mask_of_block(hand, rows, keys, mask), scoring))
     return torch.cat(made, 1) if len(made) > 1 else made[0]
+
+
+def _mask_of_block(hand: AtHand, rows: slice, keys: list[Keys], given: Tensor | None) -> Tensor:
+    shared = hand.masks
+    if shared is not None and (found := shared.find(rows.start, given)) is not None:
+        return found
+    made = torch.cat([_mask(hand, rows, k, given) for k in keys], -1)
+    return made if shared is None else shared.keep(rows.start, given, made)
 
 
 def _blocks(hand: AtHand, queries: int) -> Iterator[tuple[slice, list[Keys]]]:
@@ -83,6 +115,9 @@ def _blocks(hand: AtHand, queries: int) -> Iterator[tuple[slice, list[Keys]]]:
     block = max(BLOCK, hand.reach)
     for at in range(0, queries, block):
         end = min(at + block, queries)
+        if hand.first and at < hand.reach:  # what is kept for good is still at its place among the others
+            yield slice(at, end), [replace(hand.new, kept=None)[:end]]
+            continue
         held = hand.held if at < hand.reach else hand.held[: hand.held.kept or 0]
         new = hand.new[max(0, at - hand.reach + 1) : end]
         yield slice(at, end), [held, new] if held.key.shape[2] else [new]

@@ -60,7 +60,7 @@ class SpanLayer(CacheLayerMixin):
 
     @abstractmethod
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Change every key and value."""
+        """Change every tensor that the layer owns."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, key_states.shape[0]
@@ -80,8 +80,6 @@ class SpanLayer(CacheLayerMixin):
 
     def _map_if_any(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized:
-            self.start = change(self._start)
-            self.batch_size = len(self.start)
             self._map(change)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -166,6 +164,8 @@ class GrowingSpans(SpanLayer):
         return key, value
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.start = change(self._start)
+        self.batch_size = len(self.start)
         for held in (self.kept, self.recent):
             held[:] = [pair and (change(pair[0]), change(pair[1])) for pair in held]
 
