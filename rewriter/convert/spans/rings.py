@@ -60,6 +60,7 @@ class FixedSpans(SpanLayer):
 
     is_compileable = True
     is_croppable = False
+    cumulative_length: Tensor  # type: ignore[assignment]
 
     def __init__(self, classes: Classes, max_length: int) -> None:
         super().__init__(classes)
