@@ -165,6 +165,17 @@ def test_saved_models_compute_the_same_in_a_new_process(tmp_path: Path) -> None:
         assert relative(torch.tensor(values, dtype=torch.float64), wanted[folder]) < 1e-12
 
 
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+def test_a_saved_conversion_is_not_loaded_as_the_original(model: str, tmp_path: Path) -> None:
+    """transformers alone would warn, and leave the weights of its attentions random."""
+    converted = convert(model, JointLatent(share=0.75))
+    converted.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    found, wanted = (logits(one, input_ids=text(2, 9)) for one in (latent.load(tmp_path), converted))
+    assert relative(found, wanted) < 1e-12
+
+
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [

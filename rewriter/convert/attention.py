@@ -76,6 +76,7 @@ class ConvertedAttention(nn.Module):
         self.memory = memory
         self.gate: HeadGate | None = None
         self.reach: Reach | None = None
+        self.stands_for: str | None = None
 
     @classmethod
     def of(cls, layer: AttentionLayer, memory: Memory | None = None) -> ConvertedAttention:
@@ -86,6 +87,20 @@ class ConvertedAttention(nn.Module):
         made.replace_output(layer.output)
         made.sinks, made.output_gate = Sinks.of(layer.sinks), OutputGate.of(layer.gate)
         return made
+
+    def stand_for(self, weight: str) -> None:
+        """Keep the name of a weight of the attention that was here, with nothing in it: "q_proj.weight".
+
+        A saved conversion that is loaded into the original architecture then fails for its size, where a library would
+        else warn of weights that it leaves random.
+        """
+        self.stands_for = weight
+        *path, name = weight.split(".")
+        owner: nn.Module = self
+        for part in path:
+            owner.add_module(part, nn.Module())
+            owner = owner.get_submodule(part)
+        owner.register_buffer(name, torch.empty(0))
 
     def replace_memory(self, memory: Memory, recipe: str) -> None:
         """Raises ConversionRefused where another recipe was here before."""

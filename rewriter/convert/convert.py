@@ -62,4 +62,7 @@ def _put(model: nn.Module, path: str, attention: ConvertedAttention) -> None:
     owner, _, name = path.rpartition(".")
     if not name:
         raise ConversionRefused(path or "the model", "the attention is the whole model")
+    weights = model.get_submodule(path).state_dict()
+    if weight := next((key for key in weights if not hasattr(attention, key.partition(".")[0])), None):
+        attention.stand_for(weight)
     setattr(model.get_submodule(owner), name, attention)

@@ -44,6 +44,7 @@ def settings_of(attention: ConvertedAttention) -> dict[str, Any]:
     parts: dict[str, Any] = {name: m for name, m in attention.named_children() if hasattr(m, "settings")}
     return {
         "form": asdict(attention.form),
+        "stands_for": attention.stands_for,
         "parts": {
             name: {"class": type(module).__name__, **_rotary_settings(module), **module.settings()}
             for name, module in parts.items()
@@ -60,6 +61,8 @@ def attention_of(settings: dict[str, Any]) -> ConvertedAttention:
     made = ConvertedAttention(AttentionForm(**form), parts.pop("memory"))
     for name, module in parts.items():
         setattr(made, name, module)
+    if weight := settings.get("stands_for"):
+        made.stand_for(weight)
     return made
 
 
