@@ -15,9 +15,9 @@ import latent
 import torch
 from latent.passes.recipes.head_spans import HeadSpans, SpanReach
 from latent.rewriter.command.timing import Call, Times, first_call, take_turns
-from latent.rewriter.convert.attention import AttentionForm, attend
+from latent.rewriter.convert.attention import attend
 from latent.rewriter.convert.cache import FixedLayer
-from latent.rewriter.convert.layers import CallForm
+from latent.rewriter.convert.scoring import Scoring
 from latent.rewriter.convert.spans.plan import SpanPlan
 from latent.rewriter.convert.spans.span import Full, Span, Window
 from torch import Tensor
@@ -43,7 +43,7 @@ def attention_alone(spans: tuple[Span, ...], length: int, layers: int) -> tuple[
     dense = all(isinstance(span, Full) for span in spans)
     held = [FixedLayer(length) if dense else reach.cache_layer(length) for _ in range(layers)]  # type: ignore[no-untyped-call]
     mask = torch.ones(1, 1, 1, length, dtype=torch.bool)
-    form = AttentionForm(576, HEADS, WIDTH, WIDTH, 0.125, None, (False, False), None, CallForm((), 0, 0))
+    scoring = Scoring(0.125, None, None)
     query = torch.randn(layers, 1, HEADS, 1, WIDTH)
     key, value = torch.randn(2, layers, 1, GROUPS, 1, WIDTH)
 
@@ -51,11 +51,13 @@ def attention_alone(spans: tuple[Span, ...], length: int, layers: int) -> tuple[
         made = []
         for n, layer in enumerate(held):
             if dense:
-                made.append(attend(query[n], *layer.update(key[n], value[n]), mask, form.scale, form.cap))
+                made.append(attend(query[n], *layer.update(key[n], value[n]), mask, scoring))
             else:
-                made.append(reach(query[n], key[n], value[n], mask, _One(layer), form))
+                made.append(reach(query[n], key[n], value[n], mask, _Layers(held), scoring, n))
         return torch.stack(made)
 
+    for layer in () if dense else held:
+        layer.join(held)
     step(query, key, value, mask)
     return _filled(
         torch.compile(step, backend="latent", dynamic=False, fullgraph=True),
@@ -66,11 +68,11 @@ def attention_alone(spans: tuple[Span, ...], length: int, layers: int) -> tuple[
     ), held
 
 
-class _One:
-    """A cache of one layer."""
+class _Layers:
+    """A cache of these layers."""
 
-    def __init__(self, layer: Any) -> None:
-        self.layers = [layer]
+    def __init__(self, layers: list[Any]) -> None:
+        self.layers = layers
 
 
 def whole_model(spans: tuple[Span, ...], length: int, layers: int) -> tuple[Call, Any]:
