@@ -145,7 +145,7 @@ class GrowingSpans(SpanLayer):
                 span, positions, self._start, kept.joined(*newest, self._places(total - rows, total)), None, rows
             )
         held = kept if old is None else kept.joined(*old, self._places(before - old[0].shape[2], before))
-        return AtHand(span, positions, self._start, held, Keys(*new, positions, 0), rows)
+        return AtHand(span, positions, self._start, held, Keys(*new, positions, 0), rows, first=old is None)
 
     def _places(self, first: int, end: int) -> Tensor:
         """The positions of a range of tokens, [B, n]."""
