@@ -370,6 +370,19 @@ def test_growing_caches_trace_as_one_graph_where_every_size_is_dynamic() -> None
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4  # windows that are not full yet have their own
 
 
+@pytest.mark.slow
+def test_prompts_of_any_length_where_every_size_is_dynamic() -> None:
+    """Layers share what they compute: its sizes must not be symbols of the first layer alone, which nobody defines."""
+    model = copy.deepcopy(model_of()).float()
+    made = converted(model, plan_of(model, (Window(2, 5), Window(2, 5), Window(2, 9))))
+    torch._dynamo.reset()
+    compiled = torch.compile(made, backend="latent", dynamic=True)
+    for length in (30, 38, 7):
+        tokens = ids(3, length + 2)
+        wanted = by_steps(made, tokens, latent.LatentCache(made, 64), [length, 1, 1])
+        close(by_steps(compiled, tokens, latent.LatentCache(made, 64), [length, 1, 1]), wanted, 1e-5)
+
+
 # ** refusals **
 
 

@@ -70,10 +70,18 @@ class FixedSpans(SpanLayer):
         self.call: _Call | None = None
         self.empty = True
         self.buffers: list[Pair] = []
-        rings = [(span.kept(max_length), span.held(max_length)) for span, _ in self.classes]
-        self.sizes = [(kept, ring) if ring < max_length else (0, max_length) for kept, ring in rings]
-        """Of each class the slots, and the places of the ring; a class that sees everything has one for each token."""
-        self.names = [repr((span, *sizes)) for (span, _), sizes in zip(self.classes, self.sizes, strict=True)]
+        rows = [(span.kept(max_length), span.held(max_length)) for span, _ in self.classes]
+        self.rows = [f"{kept} {ring}" if ring < max_length else f"0 {max_length}" for kept, ring in rows]
+        self.names = [f"{span!r}: {rows}" for (span, _), rows in zip(self.classes, self.rows, strict=True)]
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Of each class the slots, and the places of the ring; a class that sees everything has one for each token.
+
+        They are kept as text: with dynamic=True numbers would be symbols, others in every layer.
+        """
+        numbers = [rows.split() for rows in self.rows]
+        return [(int(kept), int(ring)) for kept, ring in numbers]
 
     def join(self, layers: Sequence[Any]) -> None:
         """Meet the other layers of a cache, which are called in this order and count as the first does."""
