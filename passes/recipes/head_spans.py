@@ -201,9 +201,9 @@ class SpanReach(Reach):
     def _hands(self, key: Tensor, value: Tensor, mask: Tensor | None, past: Any, index: int) -> list[AtHand]:
         layer = past.layers[index] if past is not None and index < len(getattr(past, "layers", ())) else None
         if isinstance(layer, SpanLayer):
-            return layer.update(key, value, mask)
+            return layer.update(key, value, mask, self.classes)
         if past is None:
-            return GrowingSpans(self.classes).update(key, value, mask)
+            return GrowingSpans(self.classes).update(key, value, mask, self.classes)
         return self._in_order(key, value, mask, past, index)
 
     def _in_order(self, key: Tensor, value: Tensor, mask: Tensor | None, past: Any, index: int) -> list[AtHand]:
@@ -213,7 +213,7 @@ class SpanReach(Reach):
         before = before.clone() if isinstance(before, Tensor) else before  # fixed caches count in place
         every_key, every_value = past.update(key, value, index)
         if isinstance(before, int) and before == 0:
-            return GrowingSpans(self.classes).update(key, value, mask)
+            return GrowingSpans(self.classes).update(key, value, mask, self.classes)
         start = torch.zeros(key.shape[0], dtype=torch.long, device=key.device)
         if key.shape[0] > 1 and mask is not None:
             if getattr(past, "is_sliding", [False] * (index + 1))[index] and self._counts():

@@ -54,9 +54,12 @@ class SpanLayer(CacheLayerMixin):
 
     @abstractmethod
     def update(  # type: ignore[override]
-        self, key_states: Tensor, value_states: Tensor, mask: Tensor | None = None
+        self, key_states: Tensor, value_states: Tensor, mask: Tensor | None = None, classes: Classes | None = None
     ) -> list[AtHand]:
-        """Remember the tokens of a call; -> what each class has at hand for it."""
+        """Remember the tokens of a call; -> what each class has at hand for it.
+
+        `classes` are the layer's own, as a module holds them: its numbers are no symbols where all others are.
+        """
 
     @abstractmethod
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -72,10 +75,11 @@ class SpanLayer(CacheLayerMixin):
         assert self.start is not None
         return self.start
 
-    def _by_class(self, key: Tensor, value: Tensor) -> Iterator[tuple[int, Span, Tensor, Tensor]]:
+    def _by_class(self, classes: Classes | None, new: Pair) -> Iterator[tuple[int, Span, Pair]]:
         first = 0
-        for n, (span, heads) in enumerate(self.classes):
-            yield n, span, key[:, first : first + heads], value[:, first : first + heads]
+        for n, (span, heads) in enumerate(classes or self.classes):
+            key, value = (x[:, first : first + heads] for x in new)
+            yield n, span, (key, value)
             first += heads
 
     def _map_if_any(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -119,14 +123,15 @@ class GrowingSpans(SpanLayer):
         return -1
 
     def update(  # type: ignore[override]
-        self, key_states: Tensor, value_states: Tensor, mask: Tensor | None = None
+        self, key_states: Tensor, value_states: Tensor, mask: Tensor | None = None, classes: Classes | None = None
     ) -> list[AtHand]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         before, tokens = self.seen, key_states.shape[2]
         self.start = first_tokens(self._start, before, mask, tokens)
         self.seen = before + tokens
-        return [self._update(n, span, (k, v), before) for n, span, k, v in self._by_class(key_states, value_states)]
+        by_class = self._by_class(classes, (key_states, value_states))
+        return [self._update(n, span, new, before) for n, span, new in by_class]
 
     def _update(self, n: int, span: Span, new: Pair, before: int) -> AtHand:
         total, old, slots = self.seen, self.recent[n], self.kept[n]

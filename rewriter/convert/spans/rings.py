@@ -111,7 +111,7 @@ class FixedSpans(SpanLayer):
                 mark_static_address(tensor)
 
     def update(  # type: ignore[override]
-        self, key_states: Tensor, value_states: Tensor, mask: Tensor | None = None
+        self, key_states: Tensor, value_states: Tensor, mask: Tensor | None = None, classes: Classes | None = None
     ) -> list[AtHand]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -123,7 +123,8 @@ class FixedSpans(SpanLayer):
         call = first.call.on(self.device)
         if self is self.together[-1]:
             first.call = None
-        return [self._hand(n, call, span, (k, v)) for n, span, k, v in self._by_class(key_states, value_states)]
+        by_class = self._by_class(classes, (key_states, value_states))
+        return [self._hand(n, call, span, new) for n, span, new in by_class]
 
     def _count(self, tokens: int, mask: Tensor | None) -> _Call:
         """For all layers: more tokens have come, and, if these are the first, rows may begin with padding."""
