@@ -252,11 +252,36 @@ def test_heads_that_add_most_on_text_are_shared_and_picked_first() -> None:
     made = latent.convert(model, RoutedHeads(share=0.5, shared=1, ranking="text"), calibrate=IDS)
     router = routers(made)[1]
     assert router.order[0] == 1 and set(router.order[:3]) == {1, 3, 5}
-    with torch.no_grad():
-        weights = router.weights(torch.randn(1, 4, 48, dtype=torch.float64))[0]
-    torch.testing.assert_close(weights[0, 0], torch.tensor([0, 1, 0, 1, 0, 1], dtype=torch.float64))
     with pytest.raises(ConversionRefused, match="none was given"):
         latent.convert(model, RoutedHeads(ranking="text"))
+
+
+def test_an_untrained_router_guesses_which_heads_add_most_to_a_token() -> None:
+    """Tokens below 32 lie on one side of a direction u; v = b (1 ± u·x) is nothing on the wrong side of a group."""
+    model = model_of("qwen2")
+    width, side = 48, torch.where(torch.arange(64) < 32, 1.0, -1.0).double()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 5 * side
+        attention = model.model.layers[0].self_attn
+        for group, sign in enumerate((1, -1)):
+            rows = slice(8 * group, 8 * group + 8)
+            attention.v_proj.weight[rows] *= 0.1
+            attention.v_proj.weight[rows, 0] = sign * width**-0.5 * attention.v_proj.bias[rows]
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(0, 32, (16, 40), generator=generator) + 32 * (torch.arange(16)[:, None] % 2)
+    made = latent.convert(model, RoutedHeads(share=0.5, shared=0, ranking="text"), calibrate=text)
+    hidden = model.model.layers[0].input_layernorm(model.model.embed_tokens(torch.arange(64)))
+    with torch.no_grad():
+        weights, used = (found[0] for found in routers(made)[0].weights(hidden[None]))
+    assert used[:32, :3].all() and used[32:, 3:].all() and used.sum() == 3 * 64
+    assert float((weights[used] - 1).abs().max()) < 0.3
+
+
+def test_a_router_that_skips_no_head_starts_at_zero() -> None:
+    model = model_of("llama")
+    made = latent.convert(model, RoutedHeads(share=1.0, ranking="text"), calibrate=IDS)
+    assert all(not one.scores.weight.any() for one in routers(made))
+    torch.testing.assert_close(logits(made), logits(model), rtol=1e-10, atol=1e-10)
 
 
 def test_beside_a_latent_cache() -> None:

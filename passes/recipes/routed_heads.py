@@ -7,8 +7,12 @@
     out = Σ_h g_h W_o,h o_h
 
 The routers start at zero, where every head that is used has weight 1: with all heads picked the model is the original.
-With fewer it is not: nothing tells yet which head a token can do without, the same heads are skipped for all of them,
-and the model is worse than the original until it was trained on, with the routers:
+With fewer it is not: nothing tells yet which head a token can do without, the same heads are skipped for all of them.
+With `ranking="text"` routers that skip heads start with a guess instead, the least squares fit to what the heads add:
+
+    min_W Σ |W x - y|² + λ|W|²    y_h = log |W_o,h o_h| of a token    W_r = W, so small that all weights are about 1
+
+Either way the model is worse than the original until it was trained on, with the routers:
 
     model = latent.convert(model, RoutedHeads(share=0.75)).train()
     loss = model(input_ids=ids, labels=ids).loss + 0.01 * latent.balance_loss(model)
@@ -31,7 +35,8 @@ from torch import Tensor, nn
 
 from ...kernels import picked_heads as _picked_heads  # noqa: F401  # defines the operators that are called below
 from ...rewriter.convert.attention import ConvertedAttention, HeadGate
-from ...rewriter.convert.calibrate import Calibration, calls
+from ...rewriter.convert.calibrate import Calibration
+from ...rewriter.convert.contributions import contributions
 from ...rewriter.convert.factored import formed
 from ...rewriter.convert.layers import AttentionLayer, ConversionRefused, Decoder
 from ...rewriter.convert.recipe import Needs, part, recipe
@@ -42,6 +47,8 @@ __all__ = ["HeadRouter", "RoutedHeads", "UntrainedRouter", "balance_loss"]
 
 LARGE = 4 << 20
 """Bytes of weights that take longer to read than it takes to find out which they are."""
+GUESS = 0.1
+"""RMS of guessed scores: weights differ from 1 by about as much."""
 
 
 class UntrainedRouter(UserWarning):
@@ -55,7 +62,7 @@ class RoutedHeads:
 
     A token uses `share` of the heads, or the shared ones and `picked` more. `shared` is how many all tokens share, a
     quarter if not given. With `ranking="text"` these are the heads that add most on calibration text, and of the others
-    the untrained router picks those that add most; else heads come in their own order.
+    the untrained router picks for every token those that it guesses to add most; else heads come in their own order.
     """
 
     share: float = 0.75
@@ -70,16 +77,18 @@ class RoutedHeads:
     def convert(self, attentions: Sequence[ConvertedAttention], decoder: Decoder, calibration: Calibration) -> None:
         """Put a HeadRouter into every attention. Raises ConversionRefused; warns where heads are skipped."""
         counts = [self.counts(layer) for layer in decoder.layers]
-        orders = [list(range(layer.heads)) for layer in decoder.layers]
-        if self.ranking == "text":
-            sums = contributions(attentions, decoder, calibration, self.name)
-            orders = [one.argsort(descending=True, stable=True).tolist() for one in sums]
-        for attention, layer, (shared, picked), order in zip(attentions, decoder.layers, counts, orders, strict=True):
+        added = contributions(attentions, decoder, calibration, self.name) if self.ranking == "text" else {}
+        for attention, layer, (shared, picked) in zip(attentions, decoder.layers, counts, strict=True):
             if attention.gate is not None:
                 raise ConversionRefused(self.name, f"the heads of {layer.path} are routed already")
+            found = added.get(layer.path)
+            order = list(range(layer.heads)) if found is None else found.order
             hidden, dtype = layer.query.weight.shape[-1], layer.query.weight.dtype
-            attention.gate = HeadRouter(hidden, order, shared, picked).to(layer.query.weight.device, dtype)
-            attention.gate.placed(attention)
+            router = HeadRouter(hidden, order, shared, picked).to(layer.query.weight.device, dtype)
+            if found is not None and shared + picked < layer.heads:
+                router.start(found.guess(order[shared:], GUESS))
+            attention.gate = router
+            router.placed(attention)
         if any(shared + picked < layer.heads for layer, (shared, picked) in zip(decoder.layers, counts, strict=True)):
             warnings.warn(
                 f"{self.name}: heads are skipped from now on, and the routers are untrained: the model is worse than "
@@ -106,29 +115,6 @@ class RoutedHeads:
         return shared, picked
 
 
-def contributions(
-    attentions: Sequence[ConvertedAttention], decoder: Decoder, calibration: Calibration, name: str
-) -> list[Tensor]:
-    """Σ |W_o,h o_h| over all tokens, [H] for each attention."""
-    paths = [layer.path for layer in decoder.layers]
-    sums = {path: torch.zeros(()) for path in paths}
-    by_path = dict(zip(paths, attentions, strict=True))
-
-    def see(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        attention = by_path[path]
-        form = attention.form
-        weight = attention.output.weight.view(form.hidden, form.heads, form.value_width)
-        gram = torch.einsum("che,chf->hef", weight, weight)  # |W o|² = oᵀ Wᵀ W o
-        heads = attention.heads_given(*args, **kwargs).unflatten(-1, (form.heads, form.value_width))
-        square = torch.einsum("bshe,hef,bshf->bsh", heads, gram, heads)
-        sums[path] = sums[path].to(square.device) + square.clamp_min(0).sqrt().double().sum((0, 1))
-
-    with torch.no_grad(), calls(calibration.model, paths, see):
-        for rows in calibration.batches(name, "contributions of heads"):
-            calibration.run(rows)
-    return [sums[path] for path in paths]
-
-
 @part
 class HeadRouter(HeadGate):
     """Weights of the heads of each token; `order` are the heads, the shared ones first. Equal ones go in that order."""
@@ -146,6 +132,11 @@ class HeadRouter(HeadGate):
     def __getstate__(self) -> dict[str, Any]:
         """Copies of the module are not parts of a graph."""
         return {**self.__dict__, "load": None}
+
+    def start(self, guess_nC: Tensor) -> None:
+        """Take scores W x of the routed heads as a start."""
+        with torch.no_grad():
+            self.scores.weight[: len(guess_nC)] = guess_nC.to(self.scores.weight)
 
     def settings(self) -> dict[str, object]:
         return {
