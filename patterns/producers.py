@@ -11,8 +11,8 @@ from torch import fx
 
 from ..rewriter.axes import AxisSpace, Dim, Layout, product, same_size
 from ..rewriter.contractions import Contraction, Labels, contraction
-from ..rewriter.layouts import Part, Permute, is_cast, is_tensor, layout_step, shape_of
-from ..rewriter.origins.pieces import Activation, Found, Projection, Reading, ScaleBy, Slice
+from ..rewriter.layouts import Expand, Part, Permute, is_cast, is_tensor, layout_step, shape_of
+from ..rewriter.origins.pieces import Activation, Found, PositionScale, Projection, Reading, ScaleBy, Slice
 from ..rewriter.registry import pattern
 from ..rewriter.scalars import read_scalar
 from . import caches, norms, rotations
@@ -25,6 +25,7 @@ aten = torch.ops.aten
 _MUL = {aten.mul.Tensor, aten.mul.Scalar, aten.mul_.Tensor, aten.mul_.Scalar, aten.multiply.Tensor}
 _DIV = {aten.div.Tensor, aten.div.Scalar, aten.div_.Tensor, aten.div_.Scalar, aten.true_divide.Tensor}
 _ADD = {aten.add.Tensor, aten.add.Scalar, aten.add_.Tensor}
+_ARANGE = {aten.arange.default, aten.arange.start, aten.arange.start_step}
 _CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default}
 _DROPOUT = {aten.dropout.default, aten.dropout_.default}
 
@@ -210,6 +211,52 @@ def scale(node: fx.Node, reading: Reading) -> Found | None:
             inverse = None if number is None else 1.0 / number
             return Found(ScaleBy(node, inverse, by if isinstance(by, fx.Node) else None), x)
     return None
+
+
+@pattern("producer")
+def position_scale(node: fx.Node, reading: Reading) -> Found | None:
+    """x * t, where t has one number for each token and is made of positions (Llama 4, Ministral 3)."""
+    if node.target not in _MUL or not reading.token_dims:
+        return None
+    for x, t in ((node.args[0], node.args[1]), (node.args[1], node.args[0])):
+        if not (is_tensor(x) and is_tensor(t)) or shape_of(x) != shape_of(node):  # type: ignore[arg-type]
+            continue
+        numbers = _not_expanded(t)  # type: ignore[arg-type]
+        first = len(shape_of(node)) - len(shape_of(numbers))
+        wide = {first + dim for dim, size in enumerate(shape_of(numbers)) if not same_size(size, 1)}
+        if wide == set(reading.token_dims) and _made_of_positions(numbers):
+            return Found(PositionScale(node, x, numbers), x)  # type: ignore[arg-type]
+    return None
+
+
+def _not_expanded(node: fx.Node) -> fx.Node:
+    """What was expanded and cast."""
+    while True:
+        step = layout_step(node)
+        if isinstance(step, Expand):
+            node = step.source
+        elif is_cast(node) and isinstance(node.args[0], fx.Node):
+            node = node.args[0]
+        else:
+            return node
+
+
+def _made_of_positions(node: fx.Node, budget: int = 64) -> bool:
+    """Whether a tensor comes from counting alone, or from whole numbers that the graph is given."""
+    pending, seen = [node], {node}
+    counts = False
+    while pending:
+        one = pending.pop()
+        if len(seen) > budget:
+            return False
+        if is_tensor(one) and not one.all_input_nodes:
+            integer = not one.meta["val"].dtype.is_floating_point
+            if one.op == "placeholder" and not integer:
+                return False
+            counts = counts or (integer and (one.op == "placeholder" or one.target in _ARANGE))
+        pending.extend(set(one.all_input_nodes) - seen)
+        seen.update(one.all_input_nodes)
+    return counts
 
 
 @pattern("producer")

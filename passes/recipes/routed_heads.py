@@ -34,13 +34,13 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import picked_heads as _picked_heads  # noqa: F401  # defines the operators that are called below
-from ...rewriter.convert.attention import ConvertedAttention, HeadGate
+from ...rewriter.convert.attention import ConvertedAttention, Given, HeadGate
 from ...rewriter.convert.calibrate import Calibration
 from ...rewriter.convert.contributions import contributions
 from ...rewriter.convert.factored import formed
 from ...rewriter.convert.layers import AttentionLayer, ConversionRefused, Decoder
 from ...rewriter.convert.recipe import Needs, part, recipe
-from ...rewriter.convert.rotation import Turns, rotate
+from ...rewriter.convert.rotation import rotate
 
 __all__ = ["HeadRouter", "RoutedHeads", "UntrainedRouter", "balance_loss"]
 
@@ -151,17 +151,15 @@ class HeadRouter(HeadGate):
         weight = attention.output.weight
         weight.data = weight.data.t().contiguous().t()
 
-    def forward(
-        self, attention: ConvertedAttention, hidden: Tensor, turns: Turns | None, mask: Tensor | None, past: Any
-    ) -> Tensor:
-        weights, on = self.weights(hidden)
-        if self._skips(attention, hidden):
+    def forward(self, attention: ConvertedAttention, given: Given) -> Tensor:
+        weights, on = self.weights(given.hidden)
+        if self._skips(attention, given.hidden):
             compiling = torch.compiler.is_compiling()
-            if len(hidden) == 1 and (not compiling or self._skipped_bytes(attention) >= LARGE):
-                return self.one_token(attention, hidden, weights, on, turns, mask, past)
+            if len(given.hidden) == 1 and (not compiling or self._skipped_bytes(attention) >= LARGE):
+                return self.one_token(attention, given, weights, on)
             if compiling:
-                return self.one_step(attention, hidden, weights, on, turns, mask, past)
-        heads = attention.attention(hidden, turns, mask, past).unflatten(-1, (len(self.order), -1))
+                return self.one_step(attention, given, weights, on)
+        heads = attention.attention(given).unflatten(-1, (len(self.order), -1))
         output: Tensor = attention.output((heads * weights.unsqueeze(-1)).flatten(2))
         return output
 
@@ -198,50 +196,34 @@ class HeadRouter(HeadGate):
         used = torch.ones_like(by_head, dtype=torch.bool).scatter(-1, by_head[..., self.shared :], on)
         return every.to(hidden.dtype), used
 
-    def one_step(
-        self,
-        attention: ConvertedAttention,
-        hidden: Tensor,
-        weights: Tensor,
-        on: Tensor,
-        turns: Turns | None,
-        mask: Tensor | None,
-        past: Any,
-    ) -> Tensor:
+    def one_step(self, attention: ConvertedAttention, given: Given, weights: Tensor, on: Tensor) -> Tensor:
         """One token of each sequence, without the keys of the heads that it skips."""
-        form, query = attention.form, attention.queries(hidden, turns)
-        key, value = (formed(kept) for kept in attention.remember(hidden, turns, mask, past))
+        form, query = attention.form, attention.queries(given)
+        key, value = (formed(kept) for kept in attention.remember(given))
         scoring = (form.scale, form.cap, attention.scoring.sinks)
-        heads = torch.ops.latent.attend_used(query, on[:, 0], key, value, mask, *scoring).transpose(1, 2)
+        heads = torch.ops.latent.attend_used(query, on[:, 0], key, value, given.mask, *scoring).transpose(1, 2)
         if attention.output_gate is not None:
-            heads = attention.output_gate(heads, hidden)
+            heads = attention.output_gate(heads, given.hidden)
         output: Tensor = attention.output((weights[..., None] * heads).flatten(2))
         return output
 
-    def one_token(
-        self,
-        attention: ConvertedAttention,
-        hidden: Tensor,
-        weights: Tensor,
-        on: Tensor,
-        turns: Turns | None,
-        mask: Tensor | None,
-        past: Any,
-    ) -> Tensor:
+    def one_token(self, attention: ConvertedAttention, given: Given, weights: Tensor, on: Tensor) -> Tensor:
         """The same for B = S = 1 from the weights, keys and values of its own heads."""
-        form, op = attention.form, torch.ops.latent
+        form, op, hidden = attention.form, torch.ops.latent, given.hidden
         backwards = torch.arange(len(self.order), 0, -1, device=hidden.device)
         heads = torch.where(on[0, 0], backwards, 0).topk(self.shared + self.picked).indices  # in ascending order
         if attention.query_norm is not None:  # it may be one of all heads together
-            query = attention.queries(hidden, turns)[0, heads, 0]
+            query = attention.queries(given)[0, heads, 0]
         else:
             weight, bias = attention.query.weight, attention.query.bias
             query = op.rows_of_heads(hidden[0, 0], weight, bias, heads, form.query_width)
-            if form.rotary is not None and turns is not None:
-                query = rotate(query[None, :, None], turns, form.rotary)[0, :, 0]
-        key, value = (formed(kept) for kept in attention.remember(hidden, turns, mask, past))
+            if form.rotary is not None and given.turns is not None:
+                query = rotate(query[None, :, None], given.turns, form.rotary)[0, :, 0]
+            if given.scale is not None:
+                query = (query * given.scale[0, 0]).to(query.dtype)
+        key, value = (formed(kept) for kept in attention.remember(given))
         every = query.new_zeros(1, form.heads, 1, query.shape[-1]).index_copy(1, heads, query[None, :, None])
-        out = op.attend_used(every, on[:, 0], key, value, mask, form.scale, form.cap, attention.scoring.sinks)
+        out = op.attend_used(every, on[:, 0], key, value, given.mask, form.scale, form.cap, attention.scoring.sinks)
         out = out[0, heads, 0] * weights[0, 0, heads, None]
         if attention.output_gate is not None:
             out = out * attention.output_gate.factor(hidden)[0, 0, heads]

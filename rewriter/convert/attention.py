@@ -19,11 +19,12 @@ from .layers import Affine, AttentionLayer, CallForm, ConversionRefused, Rotary
 from .memory import FullMemory, Memory, heads_of
 from .norms import HeadNorm, turned_and_normed
 from .output_gate import OutputGate
+from .query_scale import QueryScale
 from .reach import Reach
 from .rotation import Turns, turns_of
 from .scoring import Scoring, Sinks
 
-__all__ = ["AttentionForm", "ConvertedAttention", "HeadGate", "attend"]
+__all__ = ["AttentionForm", "ConvertedAttention", "Given", "HeadGate", "attend"]
 
 CACHES = ("past_key_values", "layer_past", "past_key_value")
 """The parameters under which transformers' models hand a cache to their attention."""
@@ -62,6 +63,21 @@ class AttentionForm:
         )
 
 
+@dataclass(frozen=True)
+class Given:
+    """What a model hands to an attention in one call."""
+
+    hidden: Tensor
+    """[B, S, C]"""
+    turns: Turns | None
+    """Angles of its tokens."""
+    mask: Tensor | None
+    past: Any
+    """The cache, if there is one."""
+    scale: Tensor | None = None
+    """What the queries of its tokens are multiplied by, [B or 1, 1, S, 1]."""
+
+
 class ConvertedAttention(nn.Module):
     """Attention with a memory of its own; called as the module it replaces."""
 
@@ -71,6 +87,7 @@ class ConvertedAttention(nn.Module):
         self.query = nn.Linear(form.hidden, form.heads * form.query_width, form.bias[0])
         self.output = nn.Linear(form.heads * form.value_width, form.hidden, form.bias[1])
         self.query_norm = query_norm
+        self.query_scale: QueryScale | None = None
         self.sinks: Sinks | None = None
         self.output_gate: OutputGate | None = None
         self.memory = memory
@@ -85,6 +102,7 @@ class ConvertedAttention(nn.Module):
             made = cls(AttentionForm.of(layer), memory or FullMemory.of(layer), HeadNorm.of(layer.query_norm))
         made.query = layer.query.linear()
         made.replace_output(layer.output)
+        made.query_scale = QueryScale.of(layer.query_scale)
         made.sinks, made.output_gate = Sinks.of(layer.sinks), OutputGate.of(layer.gate)
         return made
 
@@ -146,58 +164,55 @@ class ConvertedAttention(nn.Module):
         self.form = replace(self.form, value_width=output.weight.shape[2], bias=bias)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        read = self._given(args, kwargs)
-        output = self.output(self.attention(*read)) if self.gate is None else self.gate(self, *read)
+        given = self.given(*args, **kwargs)
+        output = self.output(self.attention(given)) if self.gate is None else self.gate(self, given)
         returns = self.form.call.returns
         return (output, *(None,) * (returns - 1)) if returns else output
 
-    def heads_given(self, *args: Any, **kwargs: Any) -> Tensor:
-        """What the heads give for a call of the module, side by side: [B, S, H·e]."""
-        return self.attention(*self._given(args, kwargs))
+    def given(self, *args: Any, **kwargs: Any) -> Given:
+        """What is in the arguments of a call of the module."""
+        named = dict(zip(self.form.call.parameters, args, strict=False)) | kwargs
+        hidden = named[self.form.call.parameters[0]]
+        past = next((named[name] for name in CACHES if named.get(name) is not None), None)
+        rotary, scale = self.form.rotary, None
+        turns = None if rotary is None else turns_of(named["position_embeddings"], rotary)
+        if self.query_scale is not None:
+            scale = self.query_scale(hidden, named.get("position_ids"), past, self.form.call.index)
+        return Given(hidden, turns, named.get("attention_mask"), past, scale)
 
-    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Turns | None, Tensor | None, Any]:
-        given = dict(zip(self.form.call.parameters, args, strict=False)) | kwargs
-        hidden = given[self.form.call.parameters[0]]
-        past = next((given[name] for name in CACHES if given.get(name) is not None), None)
-        return hidden, self.turns(given), given.get("attention_mask"), past
-
-    def turns(self, given: dict[str, Any]) -> Turns | None:
-        rotary = self.form.rotary
-        return None if rotary is None else turns_of(given["position_embeddings"], rotary)
-
-    def attention(self, hidden: Tensor, turns: Turns | None, mask: Tensor | None, past: Any) -> Tensor:
+    def attention(self, given: Given) -> Tensor:
         """What the heads give, side by side: [B, S, H·e]."""
-        query, scoring = self.queries(hidden, turns), self.scoring
+        query, scoring, mask = self.queries(given), self.scoring, given.mask
         if self.reach is not None:
-            out: Tensor = self.reach(query, *self.memory.new(hidden, turns), mask, past, scoring, self.form.call.index)
+            new = self.memory.new(given.hidden, given.turns)
+            out: Tensor = self.reach(query, *new, mask, given.past, scoring, self.form.call.index)
         else:
-            key, value = self.remember(hidden, turns, mask, past)
-            out = attend(query, key, value, mask, scoring)
-        return out.flatten(2) if self.output_gate is None else self.output_gate(out, hidden).flatten(2)
+            out = attend(query, *self.remember(given), mask, scoring)
+        return out.flatten(2) if self.output_gate is None else self.output_gate(out, given.hidden).flatten(2)
 
     @property
     def scoring(self) -> Scoring:
         return Scoring(self.form.scale, self.form.cap, None if self.sinks is None else self.sinks.score)
 
-    def queries(self, hidden: Tensor, turns: Turns | None) -> Tensor:
+    def queries(self, given: Given) -> Tensor:
         """[B, H, S, d], at their positions."""
-        query = heads_of(self.query(hidden), self.form.heads)
-        return turned_and_normed(query, turns, self.form.rotary, self.query_norm)
+        query = heads_of(self.query(given.hidden), self.form.heads)
+        query = turned_and_normed(query, given.turns, self.form.rotary, self.query_norm)
+        return query if given.scale is None else (query * given.scale).to(query.dtype)
 
-    def remember(
-        self, hidden: Tensor, turns: Turns | None, mask: Tensor | None, past: Any
-    ) -> tuple[Tensor | Factored, Tensor | Factored]:
+    def remember(self, given: Given) -> tuple[Tensor | Factored, Tensor | Factored]:
         """Keys and values of earlier calls and of this one, factored where the cache keeps factors.
 
         Caches that know nothing of memories get keys and values as of any other model where the memory would need the
         angles of earlier calls.
         """
-        first, second = self.memory.new(hidden, turns)
+        turns, past = given.turns, given.past
+        first, second = self.memory.new(given.hidden, turns)
         index = self.form.call.index
         if past is None:
             return self.memory.read(first, second, turns)
         if hasattr(past, "keep"):
-            first, second, turns = past.keep(first, second, turns, mask, index)
+            first, second, turns = past.keep(first, second, turns, given.mask, index)
             return self.memory.read(first, second, turns)
         if self.memory.turns_late:
             return past.update(*self.memory.read(first, second, turns), index)  # type: ignore[no-any-return]
@@ -208,9 +223,7 @@ class ConvertedAttention(nn.Module):
 class HeadGate(nn.Module):
     """Base: weighs what the heads give before they are joined, and may leave out those of weight 0."""
 
-    def forward(
-        self, attention: ConvertedAttention, hidden: Tensor, turns: Turns | None, mask: Tensor | None, past: Any
-    ) -> Tensor:
+    def forward(self, attention: ConvertedAttention, given: Given) -> Tensor:
         """Σ_h g_h W_o,h o_h + b_o, [B, S, C]; keys and values of all heads go into the cache."""
         raise NotImplementedError
 

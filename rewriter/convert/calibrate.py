@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .layers import ConversionRefused
 
-__all__ = ["Calibration", "Progress", "calls", "hidden_given", "tokens_of"]
+__all__ = ["Calibration", "Progress", "calls", "tokens_of"]
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done, and how much there is."""
@@ -114,16 +114,10 @@ def hidden_states(model: nn.Module, paths: Sequence[str], see: Callable[[str, Te
     """Call `see(path, hidden)` with what each attention module is given, until the block ends."""
 
     def first(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        see(path, hidden_given(args, kwargs))
+        see(path, args[0] if args else kwargs["hidden_states"])
 
     with calls(model, paths, first):
         yield
-
-
-def hidden_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden states [B, S, C] in a call of an attention module."""
-    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-    return hidden
 
 
 @contextlib.contextmanager

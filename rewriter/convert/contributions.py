@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .attention import ConvertedAttention
-from .calibrate import Calibration, calls, hidden_given
+from .calibrate import Calibration, calls
 from .layers import Decoder
 
 __all__ = ["Contributions", "contributions"]
@@ -66,9 +66,10 @@ def contributions(
         accurate = torch.promote_types(weight.dtype, torch.float32)
         weight = weight.to(accurate)
         gram = torch.einsum("che,chf->hef", weight, weight)  # |W o|² = oᵀ Wᵀ W o
-        heads = attention.heads_given(*args, **kwargs).to(accurate).unflatten(-1, (form.heads, form.value_width))
+        given = attention.given(*args, **kwargs)
+        heads = attention.attention(given).to(accurate).unflatten(-1, (form.heads, form.value_width))
         square = torch.einsum("bshe,hef,bshf->bsh", heads, gram, heads).flatten(0, 1).double().clamp_min(0)
-        x = hidden_given(args, kwargs).flatten(0, 1).double()
+        x = given.hidden.flatten(0, 1).double()
         y = square.clamp_min(1e-12 * float(square.mean()) + 1e-300).log() / 2
         found = (square.sqrt().sum(0), x.t() @ x / tokens, x.t() @ y / tokens)
         before = totals.get(path)

@@ -23,6 +23,7 @@ __all__ = [
     "Decoder",
     "GateFacts",
     "HeadNormFacts",
+    "QueryScaleFacts",
     "Rotary",
 ]
 
@@ -95,6 +96,18 @@ class GateFacts:
 
 
 @dataclass(frozen=True)
+class QueryScaleFacts:
+    """Queries are multiplied by a number for each position: by factors[n] from position starts[n] on.
+
+    `handed`: the model hands positions to its attention; else they are counted from the tokens in the cache.
+    """
+
+    starts: tuple[int, ...]
+    factors: tuple[float, ...]
+    handed: bool = False
+
+
+@dataclass(frozen=True)
 class CallForm:
     """How the model calls its attention: the names of the parameters in order, and what is given back."""
 
@@ -128,6 +141,7 @@ class AttentionLayer:
     value_norm: HeadNormFacts | None = None
     sinks: Tensor | None = None
     gate: GateFacts | None = None
+    query_scale: QueryScaleFacts | None = None
 
     @property
     def heads(self) -> int:

@@ -49,7 +49,7 @@ def part_of(
             for node in order:
                 interpreter.env[node] = interpreter.env[same[node]] if node in same else interpreter.run_node(node)
         result: Tensor = interpreter.env[target]
-        return result.to(x.dtype)  # rotations in float32 and the like
+        return result.to(x.dtype) if x.is_floating_point() else result  # rotations in float32 and the like
 
     return run
 

@@ -46,6 +46,13 @@ def probe_tokens(model: nn.Module) -> Tensor:
     return torch.randint(0, size, (2, 24), generator=torch.Generator().manual_seed(0)).to(device)
 
 
+def _positions_of(model: nn.Module) -> int:
+    """How many positions a model knows."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "max_position_embeddings", None) or 4096
+
+
 def read_decoder(model: nn.Module, probe: Tensor | None = None) -> Decoder:
     """The attention layers of a model that maps token ids [B, S] to logits. Raises ConversionRefused.
 
@@ -59,7 +66,7 @@ def read_decoder(model: nn.Module, probe: Tensor | None = None) -> Decoder:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ConversionRefused(name, "it is an encoder with a decoder, which attends to another sequence than its own")
     probe = probe_tokens(model) if probe is None else probe
-    found = _Look()
+    found = _Look(_positions_of(model))
     try:
         with torch.no_grad():
             call_through(model, found, False, (), {"input_ids": probe, "use_cache": False})
@@ -86,7 +93,8 @@ def read_decoder(model: nn.Module, probe: Tensor | None = None) -> Decoder:
 class _Look:
     """A backend that reads the attentions of each graph and runs the graph as it is."""
 
-    def __init__(self) -> None:
+    def __init__(self, positions: int) -> None:
+        self.positions = positions
         self.layers: list[AttentionLayer] = []
         self.refusals: list[ConversionRefused] = []
 
@@ -95,7 +103,7 @@ class _Look:
         inputs = dict(zip((n for n in normal.graph.nodes if n.op == "placeholder"), example_inputs, strict=True))
         for site in recognise(normal.graph):
             try:
-                self.layers.append(LayerReader(normal, site, inputs).layer())
+                self.layers.append(LayerReader(normal, site, inputs, self.positions).layer())
             except ConversionRefused as refusal:
                 self.refusals.append(refusal)
             except RuntimeError as error:  # shapes that a part alone does not take
@@ -157,7 +165,11 @@ def _called(layer: AttentionLayer, model: nn.Module, call: _Call | None, angles:
         turns = next((n for n, seen in enumerate(angles) if seen is given), len(angles))
         if turns == len(angles):
             angles.append(given)
-    return replace(layer, call=CallForm(call.parameters, returns, int(index)), turns=turns)
+    scale = layer.query_scale
+    if scale is not None:
+        scale = replace(scale, handed=isinstance(call.given.get("position_ids"), Tensor))
+    form = CallForm(call.parameters, returns, int(index))
+    return replace(layer, call=form, turns=turns, query_scale=scale)
 
 
 def _checked(layer: AttentionLayer, call: _Call) -> AttentionLayer:

@@ -16,14 +16,15 @@ from ..axes import Dim, flat, size_of
 from ..canonical import width_of
 from ..layouts import layout_step
 from ..origins.low_rank import low_rank
-from ..origins.pieces import Norm, Origin, Projection, Reading, Rope, origins
+from ..origins.pieces import Norm, Origin, PositionScale, Projection, Reading, Rope, origins
 from ..origins.walk import find_producer
 from ..provenance import module_path
 from ..score_form import ScoreForm, readable_sinks, score_form, sink_of_heads, unusual_weights
 from ..sites import AttentionSite, Operand
-from .layers import Affine, AttentionLayer, CallForm, ConversionRefused, HeadNormFacts, Rotary
+from .layers import Affine, AttentionLayer, CallForm, ConversionRefused, HeadNormFacts, QueryScaleFacts, Rotary
 from .linear_maps import Function, affine_map, arranged, part_of, without_biases
 from .norms import read_norm
+from .query_scale import read_steps
 from .read_output import read_output
 
 __all__ = ["LayerReader"]
@@ -32,8 +33,10 @@ __all__ = ["LayerReader"]
 class LayerReader:
     """One site, read off as weights."""
 
-    def __init__(self, gm: fx.GraphModule, site: AttentionSite, inputs: dict[fx.Node, Any]) -> None:
-        self.gm, self.site, self.inputs = gm, site, inputs
+    def __init__(
+        self, gm: fx.GraphModule, site: AttentionSite, inputs: dict[fx.Node, Any], positions: int = 4096
+    ) -> None:
+        self.gm, self.site, self.inputs, self.positions = gm, site, inputs, positions
         self.path = module_path(site.anchor)
         self.origins = origins(site)
 
@@ -89,6 +92,7 @@ class LayerReader:
             value_norm=self._norm(found.value, value.weight),
             sinks=self._sinks(scores),
             gate=gate,
+            query_scale=self._query_scale(),
         )
 
     def _named(self) -> list[tuple[str, Origin]]:
@@ -151,6 +155,24 @@ class LayerReader:
         by_axis = made.reshape([int(axis.size) if axis in axes else 1 for axis in flat((heads,))])
         return by_axis.expand([int(axis.size) for axis in flat((heads,))]).reshape(count)
 
+    def _query_scale(self) -> QueryScaleFacts | None:
+        found = self._position_scales(self.origins.query)
+        if not found:
+            return None
+        if len(found) > 1:
+            raise self.refuse("its queries are multiplied by several numbers for their positions")
+        ((node, piece),) = found.items()
+        pieces, norms = list(self.origins.query), self._norms(self.origins.query)
+        if any(pieces.index(norm) < pieces.index(piece) for norm, _ in norms.values()):
+            raise self.refuse("a norm of its queries follows a number for their positions")
+        if (steps := read_steps(self.gm, piece.by, self.inputs, self.positions)) is None:
+            raise self.refuse(f"how {node} makes a number of a query's position cannot be read")
+        return QueryScaleFacts(*steps)
+
+    def _position_scales(self, origin: Origin) -> dict[fx.Node, PositionScale]:
+        pieces = (piece for piece in origin if isinstance(piece, PositionScale))
+        return {piece.node: piece for piece in pieces}
+
     def _ropes(self) -> tuple[Rope | None, Rope | None]:
         pair = [next((p for p in origin if isinstance(p, Rope)), None) for _, origin in self._named()[:2]]
         return pair[0], pair[1]
@@ -192,6 +214,10 @@ class LayerReader:
         axes = self.site.axes
         tokens = axes.queries if which == "query" else axes.keys
         skipped = {node: read for node, (_, read) in self._norms(origin).items()}
+        for node, scale in self._position_scales(origin).items():
+            if which != "query":
+                raise self.refuse(f"the {which} is multiplied by a number for its position")
+            skipped[node] = scale.source
         layout = self.site.space.resolve_layout(operand.layout)
 
         def function(inputs: dict[fx.Node, Any]) -> Function:

@@ -29,6 +29,7 @@ from .layers import Decoder
 from .memory import FullMemory
 from .norms import HeadNorm
 from .output_gate import OutputGate
+from .query_scale import QueryScale
 from .scoring import Sinks
 
 __all__ = ["Needs", "Recipe", "part", "part_named", "recipe", "recipes"]
@@ -95,5 +96,5 @@ def _load() -> None:
             log.warning("latent: %s of group latent.recipes could not be imported: %s", entry.value, error)
 
 
-for own in (FullMemory, HeadNorm, OutputGate, Sinks):
+for own in (FullMemory, HeadNorm, OutputGate, QueryScale, Sinks):
     part(own)

@@ -34,6 +34,7 @@ __all__ = [
     "Origins",
     "Parts",
     "Piece",
+    "PositionScale",
     "Projection",
     "Reading",
     "Repeat",
@@ -79,6 +80,14 @@ class ScaleBy(Piece):
 
     number: float | None
     by: fx.Node | None = None
+
+
+@dataclass(frozen=True)
+class PositionScale(Piece):
+    """source · by, one number for every token, which is made of its position and of nothing else."""
+
+    source: fx.Node
+    by: fx.Node
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from .pieces import (
     Origin,
     Parts,
     Piece,
+    PositionScale,
     Projection,
     Repeat,
     Rope,
@@ -57,6 +58,8 @@ def _piece(piece: Piece, site: AttentionSite) -> str:
             return str(piece.dtype).removeprefix("torch.")
         case ScaleBy():
             return "times a number" if piece.number is None else f"times {piece.number:.4g}"
+        case PositionScale():
+            return "times a number for its position"
         case Activation():
             return piece.name
         case Rope():

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import ConvertedAttention
+from ..attention import ConvertedAttention, Given
 from ..calibrate import Calibration
 from ..layers import Decoder
 from ..memory import heads_of
@@ -67,7 +67,7 @@ def _weights_and_gradients(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """A and Γ of each layer, [B, H, S, S], one layer after another."""
     probes: list[Tensor] = []
-    with _in_place(decoder, attentions), _calls(attentions) as calls:
+    with _in_place(decoder, attentions), _given_in(attentions) as given_to:
         handles = [a.output.register_forward_pre_hook(_with_probe(probes)) for a in attentions]
         try:
             with torch.enable_grad():
@@ -78,12 +78,11 @@ def _weights_and_gradients(
         finally:
             for handle in handles:
                 handle.remove()
-    for attention, call, gradient in zip(attentions, calls, gradients, strict=True):
-        weights, value = _weights(attention, call)
+    for attention, given, gradient in zip(attentions, given_to, gradients, strict=True):
+        weights, value = _weights(attention, given)
         if (gate := attention.output_gate) is not None:
-            hidden = call[attention.form.call.parameters[0]]
             with torch.no_grad():
-                gradient = (gradient.unflatten(-1, (gate.heads, -1)) * gate.factor(hidden)).flatten(2)
+                gradient = (gradient.unflatten(-1, (gate.heads, -1)) * gate.factor(given.hidden)).flatten(2)
         by_head = heads_of(gradient, attention.form.heads).float()
         yield weights, by_head @ value.float().transpose(-1, -2)
 
@@ -98,13 +97,12 @@ def _with_probe(probes: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]
     return hook
 
 
-def _weights(attention: ConvertedAttention, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _weights(attention: ConvertedAttention, given: Given) -> tuple[Tensor, Tensor]:
     """The weights of attention [B, H, S, S] in a call, and the values of every head."""
-    hidden, mask = given[attention.form.call.parameters[0]], given.get("attention_mask")
-    turns = attention.turns(given)
+    mask, turns = given.mask, given.turns
     with torch.no_grad():
-        query = attention.queries(hidden, turns)
-        key, value = attention.memory.read(*attention.memory.new(hidden, turns), turns)
+        query = attention.queries(given)
+        key, value = attention.memory.read(*attention.memory.new(given.hidden, turns), turns)
         repeats = query.shape[1] // key.shape[1]
         products = (query @ key.repeat_interleave(repeats, 1).transpose(-1, -2)).float()
         if mask is None:
@@ -126,13 +124,14 @@ def _in_place(decoder: Decoder, attentions: Sequence[ConvertedAttention]) -> Ite
 
 
 @contextlib.contextmanager
-def _calls(attentions: Sequence[ConvertedAttention]) -> Iterator[list[dict[str, Any]]]:
-    """What each attention is given by name, in the order of the calls."""
-    calls: list[dict[str, Any]] = []
+def _given_in(attentions: Sequence[ConvertedAttention]) -> Iterator[list[Given]]:
+    """What each attention is given, in the order of the calls."""
+    calls: list[Given] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = dict(zip(module.form.call.parameters, args, strict=False)) | kwargs  # type: ignore[union-attr, arg-type]
-        calls.append({k: v.detach() if isinstance(v, Tensor) else v for k, v in given.items()})
+        assert isinstance(module, ConvertedAttention)
+        given = module.given(*args, **kwargs)
+        calls.append(replace(given, hidden=given.hidden.detach()))
 
     handles = [attention.register_forward_pre_hook(hook, with_kwargs=True) for attention in attentions]
     try:
@@ -168,10 +167,10 @@ def scores_of(
     """As `retrieval_scores`, of a decoder that was read."""
     totals = [torch.zeros(layer.groups) for layer in decoder.layers]
     for tokens in repeated_tokens(decoder.model, gap, rows, seed).split(1):
-        with _in_place(decoder, attentions), _calls(attentions) as calls, torch.no_grad():
+        with _in_place(decoder, attentions), _given_in(attentions) as given_to, torch.no_grad():
             decoder.model(input_ids=tokens, use_cache=False)
-        for attention, call, total in zip(attentions, calls, totals, strict=True):
-            weights, _ = _weights(attention, call)
+        for attention, given, total in zip(attentions, given_to, totals, strict=True):
+            weights, _ = _weights(attention, given)
             at = torch.arange(gap, 2 * gap - 1, device=weights.device)
             looked = weights[0, :, at, at - gap + 1].mean(-1)
             total += looked.unflatten(0, (len(total), -1)).amax(1).cpu() / rows

@@ -89,7 +89,11 @@ class FixedSpans(SpanLayer):
         self.cumulative_length = self.together[0].cumulative_length
 
     def get_seq_length(self) -> Any:
-        return self.cumulative_length if self.is_initialized else 0
+        """The tokens that the layer holds: inside of a call, before it has its own, those that had come before it."""
+        if not self.is_initialized:
+            return 0
+        call = None if self is self.together[0] else self.together[0].call
+        return self.cumulative_length if call is None else call.before.to(self.device)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.max_length, 0
