@@ -133,16 +133,17 @@ def places(mask: Tensor) -> Tensor:
 
 
 def test_steps_of_positions_that_are_handed_over() -> None:
-    scales = [layer.query_scale for layer in read_decoder(ministral3()).layers]
-    for scale in scales:
-        assert scale is not None and scale.handed
-        assert scale.starts[:17] == tuple(range(0, 136, 8))
+    for layer in read_decoder(ministral3()).layers:
+        scale = layer.query_scale
+        assert scale is not None and layer.call.positions
+        assert scale.starts == tuple(range(0, 128, 8))
         assert scale.factors == pytest.approx([1 + 0.5 * math.log(1 + n) for n in range(len(scale.starts))])
 
 
 def test_steps_of_counted_tokens() -> None:
-    first, second = (layer.query_scale for layer in read_decoder(llama4()).layers)
-    assert first is None and second is not None and not second.handed
+    first, second = read_decoder(llama4()).layers
+    assert first.query_scale is None and not second.call.positions
+    second = second.query_scale
     assert second.starts[:4] == (0, 4, 9, 14)
     assert second.factors[:3] == pytest.approx([1 + 0.5 * math.log1p(n) for n in range(3)])
 

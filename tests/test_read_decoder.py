@@ -62,6 +62,11 @@ DECODERS = {
     "norms of values too": ("Gemma4Text", {"head_dim": 8, "num_kv_shared_layers": 0, "global_head_dim": 16}),
     "norm after rope, turned backwards": ("NanoChat", {}),
     "keys repeated, then cast": ("Flint", {"head_dim": 8, "implementation": "eager"}),
+    "angles made inside": (
+        "GPTJ",
+        {"n_embd": 48, "n_head": 6, "n_layer": 2, "rotary_dim": 4, "implementation": "eager"},
+    ),
+    "numbers for positions": ("Ministral3", {"head_dim": 8}),
     "norm with a bias": ("Persimmon", {"num_key_value_heads": 6}),
 }
 
@@ -140,11 +145,6 @@ MLA = {
 EAGER = {"implementation": "eager"}
 REFUSED = {
     "latents already": ("DeepseekV2", MLA, "made of a latent of 16 numbers already"),
-    "angles made inside": (
-        "GPTJ",
-        {"n_embd": 48, "n_head": 6, "n_layer": 2, "rotary_dim": 4, "implementation": "eager"},
-        "angles",
-    ),
     "positions in the mask": ("Bloom", {"n_head": 6, "n_layer": 2, **EAGER}, "besides|cache|scaled"),
     "two attentions and their difference": ("DiffLlama", EAGER, "what follows|cannot be read"),
     "no module of that name": (

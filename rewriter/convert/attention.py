@@ -19,6 +19,8 @@ from .layers import Affine, AttentionLayer, CallForm, ConversionRefused, Rotary
 from .memory import FullMemory, Memory, heads_of
 from .norms import HeadNorm, turned_and_normed
 from .output_gate import OutputGate
+from .own_angles import OwnAngles
+from .positions import positions_in
 from .query_scale import QueryScale
 from .reach import Reach
 from .rotation import Turns, turns_of
@@ -87,6 +89,7 @@ class ConvertedAttention(nn.Module):
         self.query = nn.Linear(form.hidden, form.heads * form.query_width, form.bias[0])
         self.output = nn.Linear(form.heads * form.value_width, form.hidden, form.bias[1])
         self.query_norm = query_norm
+        self.own_angles: OwnAngles | None = None
         self.query_scale: QueryScale | None = None
         self.sinks: Sinks | None = None
         self.output_gate: OutputGate | None = None
@@ -102,7 +105,7 @@ class ConvertedAttention(nn.Module):
             made = cls(AttentionForm.of(layer), memory or FullMemory.of(layer), HeadNorm.of(layer.query_norm))
         made.query = layer.query.linear()
         made.replace_output(layer.output)
-        made.query_scale = QueryScale.of(layer.query_scale)
+        made.own_angles, made.query_scale = OwnAngles.of(layer.own_angles), QueryScale.of(layer.query_scale)
         made.sinks, made.output_gate = Sinks.of(layer.sinks), OutputGate.of(layer.gate)
         return made
 
@@ -174,10 +177,13 @@ class ConvertedAttention(nn.Module):
         named = dict(zip(self.form.call.parameters, args, strict=False)) | kwargs
         hidden = named[self.form.call.parameters[0]]
         past = next((named[name] for name in CACHES if named.get(name) is not None), None)
-        rotary, scale = self.form.rotary, None
-        turns = None if rotary is None else turns_of(named["position_embeddings"], rotary)
-        if self.query_scale is not None:
-            scale = self.query_scale(hidden, named.get("position_ids"), past, self.form.call.index)
+        rotary, angles, scale = self.form.rotary, named.get("position_embeddings"), None
+        if self.own_angles is not None or self.query_scale is not None:
+            handed = named["position_ids"] if self.form.call.positions else None
+            positions = positions_in(hidden, handed, past, self.form.call.index)
+            angles = angles if self.own_angles is None else self.own_angles(positions)
+            scale = None if self.query_scale is None else self.query_scale(positions)
+        turns = None if rotary is None else turns_of(angles, rotary)
         return Given(hidden, turns, named.get("attention_mask"), past, scale)
 
     def attention(self, given: Given) -> Tensor:

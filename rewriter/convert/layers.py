@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "Affine",
+    "AngleFacts",
     "AttentionLayer",
     "CallForm",
     "ConversionRefused",
@@ -49,10 +50,11 @@ class Affine:
         return self.weight.flatten(0, -2)
 
     def linear(self) -> nn.Linear:
-        """As a module; the weights are copied."""
+        """As a module; the weights are copied, row by row, as they will be when they are loaded."""
         outputs, inputs = self.flat.shape
         made = nn.Linear(inputs, outputs, self.bias is not None, device="meta").to(self.weight.dtype)
-        made.weight = nn.Parameter(self.flat.detach().clone(), requires_grad=self.weight.dtype.is_floating_point)
+        weight = self.flat.detach().clone(memory_format=torch.contiguous_format)
+        made.weight = nn.Parameter(weight, requires_grad=self.weight.dtype.is_floating_point)
         if self.bias is not None:
             made.bias = nn.Parameter(self.bias.detach().flatten().clone())
         return made
@@ -96,15 +98,19 @@ class GateFacts:
 
 
 @dataclass(frozen=True)
-class QueryScaleFacts:
-    """Queries are multiplied by a number for each position: by factors[n] from position starts[n] on.
+class AngleFacts:
+    """The angles of position p are p · frequencies; cosines and sines are multiplied by `factor`."""
 
-    `handed`: the model hands positions to its attention; else they are counted from the tokens in the cache.
-    """
+    frequencies: tuple[float, ...]
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class QueryScaleFacts:
+    """Queries are multiplied by a number for each position: by factors[n] from position starts[n] on."""
 
     starts: tuple[int, ...]
     factors: tuple[float, ...]
-    handed: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,9 @@ class CallForm:
 
     index: int
     """Which layer of a cache it is."""
+
+    positions: bool = False
+    """Whether it is handed the positions of its tokens; else they are counted from the tokens in the cache."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +151,7 @@ class AttentionLayer:
     sinks: Tensor | None = None
     gate: GateFacts | None = None
     query_scale: QueryScaleFacts | None = None
+    own_angles: AngleFacts | None = None
 
     @property
     def heads(self) -> int:

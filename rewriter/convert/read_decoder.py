@@ -22,7 +22,8 @@ from ..opening import decompositions
 from ..provenance import module_path
 from ..recognise import recognise
 from .attention import CACHES, ConvertedAttention
-from .layers import AttentionLayer, CallForm, ConversionRefused, Decoder
+from .layers import AngleFacts, AttentionLayer, CallForm, ConversionRefused, Decoder
+from .own_angles import OwnAngles
 from .read_layer import LayerReader
 from .rotation import turns_of
 
@@ -84,8 +85,8 @@ def read_decoder(model: nn.Module, probe: Tensor | None = None) -> Decoder:
     calls = _calls_of(model, list(paths), probe)
     angles: list[object] = []
     layers = []
-    for layer in found.layers:
-        layers.append(_checked(_called(layer, model, calls.get(layer.path), angles), calls[layer.path]))
+    for layer, reader in zip(found.layers, found.readers, strict=True):
+        layers.append(_checked(_called(layer, reader, model, calls.get(layer.path), angles), calls[layer.path]))
     _refuse_sharing(model, layers)
     return Decoder(model, tuple(sorted(layers, key=lambda layer: layer.call.index)))
 
@@ -96,6 +97,7 @@ class _Look:
     def __init__(self, positions: int) -> None:
         self.positions = positions
         self.layers: list[AttentionLayer] = []
+        self.readers: list[LayerReader] = []
         self.refusals: list[ConversionRefused] = []
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
@@ -103,7 +105,9 @@ class _Look:
         inputs = dict(zip((n for n in normal.graph.nodes if n.op == "placeholder"), example_inputs, strict=True))
         for site in recognise(normal.graph):
             try:
-                self.layers.append(LayerReader(normal, site, inputs, self.positions).layer())
+                reader = LayerReader(normal, site, inputs, self.positions)
+                self.layers.append(reader.layer())
+                self.readers.append(reader)
             except ConversionRefused as refusal:
                 self.refusals.append(refusal)
             except RuntimeError as error:  # shapes that a part alone does not take
@@ -146,8 +150,10 @@ def _calls_of(model: nn.Module, paths: Sequence[str], probe: Tensor) -> dict[str
     return calls
 
 
-def _called(layer: AttentionLayer, model: nn.Module, call: _Call | None, angles: list[object]) -> AttentionLayer:
-    """The layer with how it is called. `angles` are those seen so far; layers that are given the same share them."""
+def _called(
+    layer: AttentionLayer, reader: LayerReader, model: nn.Module, call: _Call | None, angles: list[object]
+) -> AttentionLayer:
+    """The layer with how it is called. `angles` are those seen so far; layers that have the same share them."""
     module = model.get_submodule(layer.path)
     index = getattr(module, "layer_idx", None)
     if call is None or not call.parameters or not isinstance(call.given.get(call.parameters[0]), Tensor):
@@ -157,19 +163,18 @@ def _called(layer: AttentionLayer, model: nn.Module, call: _Call | None, angles:
             layer.path, "its module takes no cache of transformers, or does not know its place in it"
         )
     returns = len(call.output) if isinstance(call.output, tuple) else 0
-    given = call.given.get("position_embeddings")
     turns = 0
     if layer.rotary is not None:
+        given = call.given.get("position_embeddings")
         if given is None:
-            raise ConversionRefused(layer.path, "its module is not given the angles of positions, it makes them itself")
-        turns = next((n for n, seen in enumerate(angles) if seen is given), len(angles))
+            given = reader.own_angles()
+            layer = replace(layer, own_angles=given)
+        same = (n for n, seen in enumerate(angles) if seen is given or (isinstance(seen, AngleFacts) and seen == given))
+        turns = next(same, len(angles))
         if turns == len(angles):
             angles.append(given)
-    scale = layer.query_scale
-    if scale is not None:
-        scale = replace(scale, handed=isinstance(call.given.get("position_ids"), Tensor))
-    form = CallForm(call.parameters, returns, int(index))
-    return replace(layer, call=form, turns=turns, query_scale=scale)
+    form = CallForm(call.parameters, returns, int(index), isinstance(call.given.get("position_ids"), Tensor))
+    return replace(layer, call=form, turns=turns)
 
 
 def _checked(layer: AttentionLayer, call: _Call) -> AttentionLayer:
@@ -177,7 +182,7 @@ def _checked(layer: AttentionLayer, call: _Call) -> AttentionLayer:
     wanted = call.output[0] if isinstance(call.output, tuple) else call.output
     tolerance = max(8 * torch.finfo(wanted.dtype).eps, 1e-4)  # parts of a wide model may run in float32
     errors = []
-    for candidate in _spellings(layer, call.given.get("position_embeddings")):
+    for candidate in _spellings(layer, _angles_in(layer, call)):
         made = ConvertedAttention.of(candidate).to(wanted.device)
         try:
             with torch.no_grad():
@@ -192,6 +197,11 @@ def _checked(layer: AttentionLayer, call: _Call) -> AttentionLayer:
             return candidate
     nearest = f" (relative error {min(errors):.1e})" if errors else ""
     raise ConversionRefused(layer.path, f"it computes something besides what was read from its graph{nearest}")
+
+
+def _angles_in(layer: AttentionLayer, call: _Call) -> object:
+    own = OwnAngles.of(layer.own_angles)
+    return call.given.get("position_embeddings") if own is None else own(torch.zeros(1, 1))
 
 
 def _spellings(layer: AttentionLayer, angles: object) -> list[AttentionLayer]:

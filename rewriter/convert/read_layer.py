@@ -21,10 +21,21 @@ from ..origins.walk import find_producer
 from ..provenance import module_path
 from ..score_form import ScoreForm, readable_sinks, score_form, sink_of_heads, unusual_weights
 from ..sites import AttentionSite, Operand
-from .layers import Affine, AttentionLayer, CallForm, ConversionRefused, HeadNormFacts, QueryScaleFacts, Rotary
+from .layers import (
+    Affine,
+    AngleFacts,
+    AttentionLayer,
+    CallForm,
+    ConversionRefused,
+    HeadNormFacts,
+    QueryScaleFacts,
+    Rotary,
+)
 from .linear_maps import Function, affine_map, arranged, part_of, without_biases
 from .norms import read_norm
-from .query_scale import read_steps
+from .own_angles import fitted_angles
+from .positions import by_position
+from .query_scale import steps_of
 from .read_output import read_output
 
 __all__ = ["LayerReader"]
@@ -165,9 +176,10 @@ class LayerReader:
         pieces, norms = list(self.origins.query), self._norms(self.origins.query)
         if any(pieces.index(norm) < pieces.index(piece) for norm, _ in norms.values()):
             raise self.refuse("a norm of its queries follows a number for their positions")
-        if (steps := read_steps(self.gm, piece.by, self.inputs, self.positions)) is None:
+        numbers = by_position(self.gm, piece.by, self.inputs, self.positions, dim=None)
+        if numbers is None or (facts := steps_of(numbers)) is None:
             raise self.refuse(f"how {node} makes a number of a query's position cannot be read")
-        return QueryScaleFacts(*steps)
+        return None if facts.factors == (1.0,) else facts
 
     def _position_scales(self, origin: Origin) -> dict[fx.Node, PositionScale]:
         pieces = (piece for piece in origin if isinstance(piece, PositionScale))
@@ -196,6 +208,22 @@ class LayerReader:
             raise self.refuse("how its rotation pairs the columns cannot be read")
         form = "half" if query.form == "half" else "interleaved"
         return Rotary(form, int(query.width), int(query.position))  # type: ignore[arg-type]
+
+    def own_angles(self) -> AngleFacts:
+        """Of what the attention makes of positions itself. Raises ConversionRefused."""
+        query, _ = self._ropes()
+        assert query is not None
+        made = [by_position(self.gm, node, self.inputs, self.positions, dim=-1) for node in query.angles]
+        found = [x for x in made if x is not None]
+        if len(found) == 1 and found[0].is_complex():
+            found = [found[0].real, found[0].imag]
+        facts = fitted_angles(*found) if len(found) == 2 else None
+        if facts is None:
+            raise self.refuse(
+                "its module is not given the angles of positions, and those that it makes itself do not grow evenly "
+                "with the position"
+            )
+        return facts
 
     def _unturned(self) -> dict[fx.Node, Tensor]:
         """Values for the angles with which every rotation is the identity."""

@@ -29,6 +29,7 @@ from .layers import Decoder
 from .memory import FullMemory
 from .norms import HeadNorm
 from .output_gate import OutputGate
+from .own_angles import OwnAngles
 from .query_scale import QueryScale
 from .scoring import Sinks
 
@@ -96,5 +97,5 @@ def _load() -> None:
             log.warning("latent: %s of group latent.recipes could not be imported: %s", entry.value, error)
 
 
-for own in (FullMemory, HeadNorm, OutputGate, QueryScale, Sinks):
+for own in (FullMemory, HeadNorm, OutputGate, OwnAngles, QueryScale, Sinks):
     part(own)
