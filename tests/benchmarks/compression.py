@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from typing import Any
 
 import latent
 import torch
+from latent.passes.recipes.routed_heads import HeadRouter, UntrainedRouter
 from latent.rewriter.command.console import aligned, counted, progress
 from latent.rewriter.command.demo import smollm2_folder
 from latent.rewriter.command.eval import cache_for, load_model, load_tokenizer
@@ -103,6 +105,18 @@ def by(recipe: Any) -> Callable[[Any, torch.Tensor], Any]:
     return lambda model, tokens: latent.convert(model, recipe, tokens, inplace=True)
 
 
+def same_heads(share: float) -> Callable[[Any, torch.Tensor], Any]:
+    """Every token uses the heads that add most on the text: what a router's guess for each token has to beat."""
+
+    def convert(model: Any, tokens: torch.Tensor) -> Any:
+        made = by(latent.RoutedHeads(share=share, ranking="text"))(model, tokens)
+        for router in (module for module in made.modules() if isinstance(module, HeadRouter)):
+            torch.nn.init.zeros_(router.scores.weight)
+        return made
+
+    return convert
+
+
 def methods(prompt: int, length: int) -> tuple[Method, ...]:
     """Every line of the table, for windows of `length` tokens of which the first `prompt` are read in one call."""
     shares = (75, 50, 25)
@@ -135,12 +149,15 @@ def methods(prompt: int, length: int) -> tuple[Method, ...]:
             Method(f"newest {share} % of the prompt", cache_of=forgetting_cache(share / 100), calibrated=False)
             for share in (50, 25)
         ),
+        Method("7 of 9 heads, untrained", by(latent.RoutedHeads(share=7 / 9, ranking="text"))),
+        Method("7 of 9 heads, the same", same_heads(7 / 9)),
         Method("16-bit cache", cache_of=half_cache, calibrated=False),
     )
 
 
 def main() -> None:
     given = _arguments()
+    warnings.simplefilter("ignore", UntrainedRouter)
     folder = str(given.folder or smollm2_folder())
     lengths = sorted({given.length, *given.filled})
     protocol = Protocol(given.tokens, given.length, given.prefix, given.call, tuple(given.gap), lengths=tuple(lengths))
