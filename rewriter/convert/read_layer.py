@@ -40,6 +40,9 @@ from .read_output import read_output
 
 __all__ = ["LayerReader"]
 
+ENOUGH = 1 << 15
+"""Positions that tell the frequencies of angles."""
+
 
 class LayerReader:
     """One site, read off as weights."""
@@ -213,7 +216,8 @@ class LayerReader:
         """Of what the attention makes of positions itself. Raises ConversionRefused."""
         query, _ = self._ropes()
         assert query is not None
-        made = [by_position(self.gm, node, self.inputs, self.positions, dim=-1) for node in query.angles]
+        positions = min(self.positions, ENOUGH)
+        made = [by_position(self.gm, node, self.inputs, positions, dim=-1) for node in query.angles]
         found = [x for x in made if x is not None]
         if len(found) == 1 and found[0].is_complex():
             found = [found[0].real, found[0].imag]
