@@ -10,6 +10,7 @@ import contextlib
 import functools
 import operator
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -354,10 +355,16 @@ def inference_switch(target: object) -> bool | None:
 # ** what Dynamo notes on a graph **
 
 
+_IN_DICT = re.compile(r"\.__dict__\['(_modules|_parameters|_buffers)'\]")
+"""2.13: how a module is read that sets attributes while it runs."""
+
+
 def source_name(placeholder: fx.Node) -> str:
     """Where an input comes from in the user's program, as `L['self']._parameters['weight']`; "" when unknown."""
     source = getattr(placeholder, "_dynamo_source", None)  # 2.13
-    return "" if source is None else str(source.name)
+    if source is None:
+        return ""
+    return _IN_DICT.sub(r".\1", str(source.name))
 
 
 def copy_placeholder_facts(old: fx.Node, new: fx.Node) -> None:

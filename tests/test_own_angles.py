@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import latent
@@ -71,6 +72,29 @@ class Yarn(Own):
     factor = 1.25
 
 
+class Table(Own):
+    """As Llama's code once had it: a table of all positions, cut to the text, of which rows are taken."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.register_buffer("table", torch.outer(torch.arange(128).float(), self.inv_freq), persistent=False)
+
+    def angles(self, position_ids: Tensor) -> Tensor:
+        once = self.table[: self.length].float()[position_ids]
+        return torch.cat((once, once), -1)
+
+    def forward(self, hidden_states: Tensor, **given: Any) -> Any:
+        past = given.get("past_key_values")
+        self.length = hidden_states.shape[1] + (0 if past is None else past.get_seq_length(self.layer_idx))
+        return super().forward(hidden_states, **given)
+
+
+class TableMadeAnew(Table):
+    def angles(self, position_ids: Tensor) -> Tensor:
+        once = torch.outer(torch.arange(self.length).float(), self.inv_freq.float())[position_ids]
+        return torch.cat((once, once), -1)
+
+
 class Bent(Own):
     def angles(self, position_ids: Tensor) -> Tensor:
         return super().angles(position_ids**2 // 16)
@@ -104,7 +128,11 @@ def prepared(model: Any) -> Any:
     return model.double()
 
 
-MODELS = {"gptj": gptj, "codegen": codegen, "own": lambda: llama_with(Own), "yarn": lambda: llama_with(Yarn)}
+MODELS = {
+    "gptj": gptj,
+    "codegen": codegen,
+    **{kind.__name__: functools.partial(llama_with, kind) for kind in (Own, Yarn, Table, TableMadeAnew)},
+}
 
 
 @torch.no_grad()

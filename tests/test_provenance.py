@@ -10,7 +10,7 @@ import pytest
 import torch
 from latent.rewriter.capture import capture
 from latent.rewriter.compat import fqn_of, source_name
-from latent.rewriter.provenance import SourceLine, attribute_path, module_path, source_line, user_frames
+from latent.rewriter.provenance import SourceLine, attribute_path, is_learned, module_path, source_line, user_frames
 from torch import fx, nn
 
 aten = torch.ops.aten
@@ -141,3 +141,27 @@ def test_inputs_of_the_call_have_a_source_and_no_name_in_the_model() -> None:
     gm = captured(Model(), torch.randn(2, 4))
     (x,) = [n for n in gm.graph.find_nodes(op="placeholder") if n.name not in fqn_of(gm)]
     assert source_name(x) == "L['x']"
+
+
+def test_buffers_of_a_module_that_changes_while_it_runs_are_named_and_learned() -> None:
+    class Counting(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(4, 4)
+            self.register_buffer("table", torch.arange(8.0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.rows = x.shape[0]
+            return self.linear(x) + self.table[: self.rows, None]
+
+    found: list[torch.fx.GraphModule] = []
+
+    def keep(gm: torch.fx.GraphModule, example_inputs: list[torch.Tensor]) -> object:
+        found.append(gm)
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(torch.nn.Sequential(Counting()), backend=keep)(torch.randn(3, 4))
+    inputs = found[0].graph.find_nodes(op="placeholder")
+    learned = {attribute_path(source_name(node)) for node in inputs if is_learned(node)}
+    assert learned == {"0.linear.weight", "0.linear.bias", "0.table"}

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from ..provenance import is_learned
 from .linear_maps import part_of
 
-__all__ = ["by_position", "positions_in"]
+__all__ = ["by_position", "of_own_tokens", "positions_in"]
 
 _ARANGE = {torch.ops.aten.arange.default, torch.ops.aten.arange.start, torch.ops.aten.arange.start_step}
 
@@ -29,35 +29,63 @@ def by_position(
 ) -> Tensor | None:
     """What `made` is for each position: [positions, width] of its dimension `dim`, [positions, 1] without it.
 
-    None where it is made of anything besides counted tokens and weights, or differs in another dimension.
+    None where it is made of anything besides counted tokens and weights, cannot be run for other positions than those
+    of the graph's own tokens, or differs in another dimension.
     """
-    counted = _counted(made)
-    if counted is None:
+    leaves = _leaves(made)
+    if leaves is None or len(leaves) != 1 or not _counts(leaves[0]):
         return None
-    like, rank = counted.meta["val"], made.meta["val"].ndim
-    tokens, kept = len(like), None if dim is None else dim % rank
-    along = [n for n, size in enumerate(made.meta["val"].shape) if n != kept and int(size) == tokens]
+    like = leaves[0].meta["val"]
+    every = torch.arange(-(-positions // len(like)) * len(like), dtype=like.dtype, device=like.device)
+    try:
+        run = torch.vmap(part_of(gm, leaves[0], made, given))
+        found = run(every.clamp(max=positions - 1).view(-1, len(like)))
+    except (RuntimeError, IndexError):  # a table that was cut to the length of the text
+        return None
+    rows = _rows(found, len(like), dim)
+    return None if rows is None else rows[:positions]
+
+
+def of_own_tokens(
+    gm: fx.GraphModule, made: fx.Node, given: Mapping[fx.Node, Any], tokens: int, dim: int
+) -> Tensor | None:
+    """The same for the graph's own tokens, which stand at 0, 1, 2, ..., whatever counts them."""
+    if not (leaves := _leaves(made)):
+        return None
+    leaf = leaves[0]
+    value = leaf.target(*leaf.args, **leaf.kwargs)  # type: ignore[operator]
+    return _rows(part_of(gm, leaf, made, given)(value)[None], tokens, dim)
+
+
+def _rows(found: Tensor, tokens: int, dim: int | None) -> Tensor | None:
+    """[n, ...] with a dimension of `tokens` as [n tokens, width]; None where others than `dim` matter."""
+    kept = None if dim is None else dim % (found.ndim - 1) + 1
+    along = [n for n in range(1, found.ndim) if n != kept and found.shape[n] == tokens]
     if len(along) != 1:
         return None
-    every = torch.arange(-(-positions // tokens) * tokens, dtype=like.dtype, device=like.device)
-    found = torch.vmap(part_of(gm, counted, made, given))(every.clamp(max=positions - 1).view(-1, tokens))
-    order = [n + 1 for n in range(rank) if n not in (*along, kept)]
-    rows = found.permute(0, along[0] + 1, *order, *([] if kept is None else [kept + 1])).flatten(0, 1)[:positions]
+    others = [n for n in range(1, found.ndim) if n not in (*along, kept)]
+    rows = found.permute(0, along[0], *others, *([] if kept is None else [kept])).flatten(0, 1)
     rows = rows.reshape(len(rows), -1, 1 if kept is None else rows.shape[-1])
     return rows[:, 0] if torch.equal(rows, rows[:, :1].expand_as(rows)) else None
 
 
-def _counted(node: fx.Node) -> fx.Node | None:
-    """The one 0, 1, 2, ... that a tensor is made of, besides weights and numbers."""
+def _leaves(node: fx.Node) -> list[fx.Node] | None:
+    """Every count that a tensor is made of, besides weights and numbers; None where anything else is given."""
     pending, seen, leaves = [node], {node}, []
     while pending:
         one = pending.pop()
-        if one.target in _ARANGE or (one.op == "placeholder" and not is_learned(one)):
+        if one.op == "placeholder" and not is_learned(one):
+            return None
+        if one.target in _ARANGE:
+            if one.all_input_nodes:
+                return None
             leaves.append(one)
         pending.extend(set(one.all_input_nodes) - seen)
         seen.update(one.all_input_nodes)
-    if len(leaves) != 1 or leaves[0].op == "placeholder" or leaves[0].all_input_nodes:
-        return None
-    (leaf,) = leaves
+    return leaves
+
+
+def _counts(leaf: fx.Node) -> bool:
+    """Whether it is 0, 1, 2, ..."""
     counts = leaf.target(*leaf.args, **leaf.kwargs)  # type: ignore[operator]
-    return leaf if torch.equal(counts, torch.arange(len(counts)).to(counts)) else None
+    return torch.equal(counts, torch.arange(len(counts)).to(counts))

@@ -34,7 +34,7 @@ from .layers import (
 from .linear_maps import Function, affine_map, arranged, part_of, without_biases
 from .norms import read_norm
 from .own_angles import fitted_angles
-from .positions import by_position
+from .positions import by_position, of_own_tokens
 from .query_scale import steps_of
 from .read_output import read_output
 
@@ -216,8 +216,10 @@ class LayerReader:
         """Of what the attention makes of positions itself. Raises ConversionRefused."""
         query, _ = self._ropes()
         assert query is not None
-        positions = min(self.positions, ENOUGH)
+        positions, tokens = min(self.positions, ENOUGH), int(size_of(self.site.axes.queries))
         made = [by_position(self.gm, node, self.inputs, positions, dim=-1) for node in query.angles]
+        if any(x is None for x in made):
+            made = [of_own_tokens(self.gm, node, self.inputs, tokens, dim=-1) for node in query.angles]
         found = [x for x in made if x is not None]
         if len(found) == 1 and found[0].is_complex():
             found = [found[0].real, found[0].imag]
