@@ -18,7 +18,7 @@ from convert_models import TURNED, attention_error, convert, decoder, layer, lim
 from latent.passes.recipes.joint_latent import basis, keys_of, stacked
 from latent.passes.recipes.mla import MLAMemory, pair_columns
 from latent.passes.recipes.transmla import Split, TransMLA, components, put_split, rotation, strongest, turning
-from latent.rewriter.convert.attention import ConvertedAttention, attend
+from latent.rewriter.convert.attention import ConvertedAttention, Given, attend
 from latent.rewriter.convert.calibrate import Calibration
 from latent.rewriter.convert.layers import AttentionLayer, ConversionRefused, Rotary
 from latent.rewriter.convert.memory import heads_of
@@ -154,7 +154,7 @@ def test_what_is_not_turned_is_all_that_loses_at_full_rank(name: str, fold: int 
     else:
         split = rotation(one, moment(name), rotary.width, fold)
     wanted = by_definition(one, split, hidden, angles)
-    found = converted.output(converted.attention(hidden, angles, None, None))
+    found = converted.output(converted.attention(Given(hidden, angles, None, None)))
     assert (found - wanted).abs().max() < 1e-10 * wanted.abs().max()
 
 
