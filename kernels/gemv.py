@@ -52,10 +52,20 @@ def gemv(rows: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> li
     height = _height(rows, weights[0])
     if not 0 < height <= MOST_ROWS:
         return plain(rows, weights, biases)
-    by_columns = [_by_columns(weight) for weight in weights]
-    if by_columns.count(by_columns[0]) == len(weights):
-        return _kernel(rows.dtype, height, by_columns[0])(Products(rows, weights, biases))
+    layouts = [by_columns(weight) for weight in weights]
+    if layouts.count(layouts[0]) == len(weights):
+        return _kernel(rows.dtype, height, layouts[0])(Products(rows, weights, biases))
     return [made for w, b in zip(weights, biases, strict=True) for made in gemv(rows, [w], [b])]
+
+
+def gemv_of_used(rows: Tensor, weight: Tensor, bias: Tensor | None, used: Tensor) -> Tensor:
+    """The product with one weight [N, K] by its heads that any row uses, [..., heads]: the others are not read.
+
+    Those outputs are 0 of unused heads, or of a weight that is contiguous in N those inputs are taken for 0.
+    """
+    used = used.view(-1, used.shape[-1])
+    spec = GemvSpec(rows.dtype, len(used), by_columns(weight), True)
+    return kernel_for(spec)(Products(rows, [weight], [bias], used[0] if len(used) == 1 else used.any(0)))[0]
 
 
 def plain(rows: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
@@ -74,7 +84,7 @@ torch.library.impl("latent::gemv", "CPU", gemv)
 torch.library.register_fake("latent::gemv", _shapes)
 
 
-def _by_columns(weight: Tensor) -> bool:
+def by_columns(weight: Tensor) -> bool:
     *_, line, inner = weight.stride()
     return inner != 1 and line == 1
 
@@ -90,17 +100,24 @@ def _kernel(dtype: torch.dtype, height: int, by_columns: bool) -> Callable[[Prod
 
 
 def _spec(rows: Tensor, weight: Tensor) -> GemvSpec:
-    return GemvSpec(rows.dtype, concrete(_height(rows, weight)), _by_columns(weight))
+    return GemvSpec(rows.dtype, concrete(_height(rows, weight)), by_columns(weight))
 
 
 def reference(products: Products) -> list[Tensor]:
     """The definition in plain ATen, out of reach of autocast. Sums are float32."""
-    rows, made = products.rows.float(), []
+    rows, made, used = products.rows.float(), [], products.used
     with without_autocast("cpu"):
         for weight, bias in zip(products.weights, products.biases, strict=True):
-            out = rows @ weight.float().mT
-            made.append((out if bias is None else out + bias.float()).to(products.rows.dtype))
+            inputs = by_columns(weight)
+            out = (of_used_heads(rows, used) if inputs else rows) @ weight.float().mT
+            out = (out if bias is None else out + bias.float()).to(products.rows.dtype)
+            made.append(out if inputs else of_used_heads(out, used))
     return made
+
+
+def of_used_heads(x: Tensor, used: Tensor | None) -> Tensor:
+    """x [..., heads · width] with zeros for unused heads."""
+    return x if used is None else x.unflatten(-1, (len(used), -1)).masked_fill(~used[:, None], 0).flatten(-2)
 
 
 @functools.cache
@@ -134,6 +151,11 @@ def small_products(spec: GemvSpec) -> Iterator[Products]:
         *heads, N, K = shape
         return tensor(*heads, K, N).mT if spec.by_columns else tensor(*shape)
 
+    if spec.skips:
+        used = torch.tensor([True, False, True, True, False, False, True])
+        yield Products(tensor(spec.rows, 77), [weight(301, 77), weight(21, 77)], [tensor(301), None], used)
+        yield Products(tensor(spec.rows, 630), [weight(63, 630)], [None], used)
+        return
     yield Products(tensor(spec.rows, 77), [weight(301, 77), weight(19, 77)], [tensor(301), None])
     yield Products(tensor(3, spec.rows, 40), [weight(3, 130, 40)], [None])
     long = (16 << 10) // (spec.rows * spec.dtype.itemsize) + 5
@@ -199,8 +221,7 @@ def product_of(node: fx.Node) -> Product | None:
         return None  # subclasses, as quantised weights are, multiply in their own way
     if values[0].dim() < 2 or values[1].dim() != 2 or any(bias.shape != result.shape[-1:] for bias in values[2:]):
         return None
-    by_columns = _by_columns(values[1].mT if found.flipped else values[1])
-    return None if by_columns and result.dtype == torch.float32 else found  # libraries read these as fast
+    return found
 
 
 def _unflipped(weight: fx.Node) -> tuple[fx.Node, bool]:

@@ -28,19 +28,27 @@ class GemvSpec(NamedTuple):
     by_columns: bool
     """Whether the outputs of one input lie side by side in a matrix, instead of the inputs of one output."""
 
+    skips: bool = False
+    """Whether heads that are not used are left out."""
+
     @property
     def name(self) -> str:
-        """Legible and unique: gemv_bf16_1, gemv_f32_4_by_columns."""
+        """Legible and unique: gemv_bf16_1, gemv_f32_4_by_columns_of_used."""
         short = str(self.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "f")
-        return f"gemv_{short}_{self.rows}" + "_by_columns" * self.by_columns
+        return f"gemv_{short}_{self.rows}" + "_by_columns" * self.by_columns + "_of_used" * self.skips
 
 
 class Products(NamedTuple):
-    """One call: rows [..., K] times weights [N, K] each, or rows [H, M, K] times one weight [H, N, K]; biases [N]."""
+    """One call: rows [..., K] times weights [N, K] each, or rows [H, M, K] times one weight [H, N, K]; biases [N].
+
+    With `used` [heads] lines of a weight [N, K] are those of its heads in turn. What unused heads have is not read and
+    taken for 0: the outputs, or where the weight lies by columns the inputs.
+    """
 
     rows: Tensor
     weights: list[Tensor]
     biases: list[Tensor | None]
+    used: Tensor | None = None
 
 
 Kernel = Callable[[Products], list[Tensor]]
@@ -57,6 +65,7 @@ def source(spec: GemvSpec, level: Isa) -> str:
         common(spec.dtype, level, dot, spec.dtype == torch.float16),
         f"constexpr int ROWS = {spec.rows};",
         f"constexpr bool BY_COLUMNS = {str(spec.by_columns).lower()};",
+        f"constexpr bool SKIPS = {str(spec.skips).lower()};",
         "",
     )
     return "\n".join((*lines, part("vectors.h"), part("gemv.h")))
@@ -70,7 +79,7 @@ def build(spec: GemvSpec, level: Isa | None = None) -> tuple[str, Kernel]:
     function.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64]
     function.restype = None
     lines, inner = (-1, -2) if spec.by_columns else (-2, -1)
-    pack, count = struct.Struct("=13q").pack, spec.rows
+    pack, count = struct.Struct("=15q").pack, spec.rows
 
     def run(products: Products) -> list[Tensor]:
         rows, packed, made, kept = products.rows, b"", [], []
@@ -82,6 +91,8 @@ def build(spec: GemvSpec, level: Isa | None = None) -> tuple[str, Kernel]:
             else:
                 rows = rows.contiguous()
         numel, at = rows.numel(), rows.data_ptr()
+        used = None if products.used is None else products.used.contiguous()
+        skipping = 0 if used is None else used.data_ptr()
         for weight, bias in zip(products.weights, products.biases, strict=True):
             strides = weight.stride()
             if strides[inner] != 1:
@@ -94,10 +105,11 @@ def build(spec: GemvSpec, level: Isa | None = None) -> tuple[str, Kernel]:
                 raise ValueError(
                     f"rows {tuple(rows.shape)} and a weight {tuple(weight.shape)} do not fit: [.. K], [.. N K]"
                 )
+            width = 0 if used is None else (K if spec.by_columns else N) // len(used)
             out = torch.empty((*outer, N), dtype=rows.dtype)
             packed += pack(
                 *(at, weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr()),
-                *(H, K, N, row_b, row_m, strides[0], strides[lines], count * N, N),
+                *(H, K, N, row_b, row_m, strides[0], strides[lines], count * N, N, skipping, width),
             )
             made.append(out)
             kept.append((weight, bias))

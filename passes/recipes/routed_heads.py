@@ -40,13 +40,10 @@ from ...rewriter.convert.contributions import contributions
 from ...rewriter.convert.factored import formed
 from ...rewriter.convert.layers import AttentionLayer, ConversionRefused, Decoder
 from ...rewriter.convert.recipe import Needs, part, recipe
-from ...rewriter.convert.rotation import rotate
 
 __all__ = ["HeadRouter", "RoutedHeads", "UntrainedRouter", "balance_loss"]
 
 
-LARGE = 4 << 20
-"""Bytes of weights that take longer to read than it takes to find out which they are."""
 GUESS = 0.1
 """RMS of guessed scores: weights differ from 1 by about as much."""
 
@@ -152,13 +149,9 @@ class HeadRouter(HeadGate):
         weight.data = weight.data.t().contiguous().t()
 
     def forward(self, attention: ConvertedAttention, given: Given) -> Tensor:
-        weights, on = self.weights(given.hidden)
+        weights = self.weights(given.hidden)
         if self._skips(attention, given.hidden):
-            compiling = torch.compiler.is_compiling()
-            if len(given.hidden) == 1 and (not compiling or self._skipped_bytes(attention) >= LARGE):
-                return self.one_token(attention, given, weights, on)
-            if compiling:
-                return self.one_step(attention, given, weights, on)
+            return self.one_step(attention, given, weights)
         heads = attention.attention(given).unflatten(-1, (len(self.order), -1))
         output: Tensor = attention.output((heads * weights.unsqueeze(-1)).flatten(2))
         return output
@@ -168,75 +161,53 @@ class HeadRouter(HeadGate):
         some = self.picked < self.sizes[0] and attention.reach is None
         return some and hidden.shape[1] == 1 and not torch.is_grad_enabled()
 
-    def _skipped_bytes(self, attention: ConvertedAttention) -> int:
-        """Of the weights of the heads that a token does without."""
-        rows = attention.form.query_width + attention.form.value_width
-        skipped = len(self.order) - self.shared - self.picked
-        return skipped * rows * attention.form.hidden * attention.output.weight.itemsize
-
-    def weights(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The weight of each head, 0 where it is skipped, and which are used; [B, S, H] each."""
+    def weights(self, hidden: Tensor) -> Tensor:
+        """The weight of each head, 0 where it is skipped: [B, S, H]."""
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         route, share, balance = self.scores(hidden).to(dtype).split(self.sizes, -1)
         p = torch.softmax(route, -1)
-        on = _ranks(p) < self.picked
+        on = largest(p, self.picked)
         if torch.is_grad_enabled():
             self.load = load_loss(p, on.to(dtype))
         routed = p * on
-        weights = self.picked * routed / routed.sum(-1, keepdim=True)
-        outer, order = hidden.shape[:2], torch.tensor(self.order, device=hidden.device)
-        shared = hidden.new_ones((*outer, self.shared), dtype=dtype)
-        if self.shared > 1:
-            shared = self.shared * torch.softmax(share, -1)
+        weights = routed * (self.picked / routed.sum(-1, keepdim=True))
         if self.shared:
             kinds = 2 * torch.softmax(balance, -1)
-            shared, weights = kinds[..., :1] * shared, kinds[..., 1:] * weights
-        by_head = order.expand(*outer, -1)
-        every = torch.zeros_like(by_head, dtype=dtype).scatter(-1, by_head, torch.cat((shared, weights), -1))
-        used = torch.ones_like(by_head, dtype=torch.bool).scatter(-1, by_head[..., self.shared :], on)
-        return every.to(hidden.dtype), used
+            shared = kinds[..., :1].expand(*kinds.shape[:-1], self.shared)
+            if self.shared > 1:
+                shared = shared * (self.shared * torch.softmax(share, -1))
+            weights = torch.cat((shared, kinds[..., 1:] * weights), -1)
+        places = sorted(range(len(self.order)), key=self.order.__getitem__)
+        if places != sorted(places):
+            weights = weights[..., torch.tensor(places, device=weights.device)]
+        return weights.to(hidden.dtype)
 
-    def one_step(self, attention: ConvertedAttention, given: Given, weights: Tensor, on: Tensor) -> Tensor:
-        """One token of each sequence, without the keys of the heads that it skips."""
-        form, query = attention.form, attention.queries(given)
+    def one_step(self, attention: ConvertedAttention, given: Given, weights: Tensor) -> Tensor:
+        """One token of each sequence, without what heads of weight 0 have."""
+        form, op, used = attention.form, torch.ops.latent, weights != 0
+        norm, weight = attention.query_norm, attention.query.weight
+        projected = None
+        if norm is None or not norm.together:
+            projected = op.rows_of_used(given.hidden, weight, attention.query.bias, used)
+        query = attention.queries(given, projected)
         key, value = (formed(kept) for kept in attention.remember(given))
         scoring = (form.scale, form.cap, attention.scoring.sinks)
-        heads = torch.ops.latent.attend_used(query, on[:, 0], key, value, given.mask, *scoring).transpose(1, 2)
+        heads = op.attend_used(query, used[:, 0], key, value, given.mask, *scoring).transpose(1, 2)
         if attention.output_gate is not None:
             heads = attention.output_gate(heads, given.hidden)
-        output: Tensor = attention.output((weights[..., None] * heads).flatten(2))
+        weighed = (weights[..., None] * heads).flatten(2)
+        output: Tensor = op.columns_of_used(weighed, attention.output.weight, attention.output.bias, used)
         return output
 
-    def one_token(self, attention: ConvertedAttention, given: Given, weights: Tensor, on: Tensor) -> Tensor:
-        """The same for B = S = 1 from the weights, keys and values of its own heads."""
-        form, op, hidden = attention.form, torch.ops.latent, given.hidden
-        backwards = torch.arange(len(self.order), 0, -1, device=hidden.device)
-        heads = torch.where(on[0, 0], backwards, 0).topk(self.shared + self.picked).indices  # in ascending order
-        if attention.query_norm is not None:  # it may be one of all heads together
-            query = attention.queries(given)[0, heads, 0]
-        else:
-            weight, bias = attention.query.weight, attention.query.bias
-            query = op.rows_of_heads(hidden[0, 0], weight, bias, heads, form.query_width)
-            if form.rotary is not None and given.turns is not None:
-                query = rotate(query[None, :, None], given.turns, form.rotary)[0, :, 0]
-            if given.scale is not None:
-                query = (query * given.scale[0, 0]).to(query.dtype)
-        key, value = (formed(kept) for kept in attention.remember(given))
-        every = query.new_zeros(1, form.heads, 1, query.shape[-1]).index_copy(1, heads, query[None, :, None])
-        out = op.attend_used(every, on[:, 0], key, value, given.mask, form.scale, form.cap, attention.scoring.sinks)
-        out = out[0, heads, 0] * weights[0, 0, heads, None]
-        if attention.output_gate is not None:
-            out = out * attention.output_gate.factor(hidden)[0, 0, heads]
-        weight, bias = attention.output.weight, attention.output.bias
-        made: Tensor = op.columns_of_heads(out, weight, bias, heads, form.value_width)
-        return made[None, None]
 
-
-def _ranks(p: Tensor) -> Tensor:
-    """How many are larger, or as large and earlier, along the last dimension."""
-    one, other = p.unsqueeze(-1), p.unsqueeze(-2)
-    at = torch.arange(p.shape[-1], device=p.device)
-    return ((other > one) | ((other == one) & (at < at[:, None]))).sum(-1)
+def largest(p: Tensor, count: int) -> Tensor:
+    """Which are the largest along the last dimension, of equal ones the first."""
+    if torch.compiler.is_compiling():  # comparisons become part of the kernel around them, a sort does not
+        one, other = p.unsqueeze(-1), p.unsqueeze(-2)
+        at = torch.arange(p.shape[-1], device=p.device)
+        return ((other > one) | ((other == one) & (at < at[:, None]))).sum(-1) < count
+    best = p.sort(stable=True, dim=-1, descending=True).indices[..., :count]
+    return torch.zeros_like(p, dtype=torch.bool).scatter(-1, best, True)
 
 
 def load_loss(p: Tensor, on: Tensor) -> Tensor:

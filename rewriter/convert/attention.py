@@ -200,9 +200,9 @@ class ConvertedAttention(nn.Module):
     def scoring(self) -> Scoring:
         return Scoring(self.form.scale, self.form.cap, None if self.sinks is None else self.sinks.score)
 
-    def queries(self, given: Given) -> Tensor:
-        """[B, H, S, d], at their positions."""
-        query = heads_of(self.query(given.hidden), self.form.heads)
+    def queries(self, given: Given, projected: Tensor | None = None) -> Tensor:
+        """[B, H, S, d], at their positions; from their projection [B, S, H·d] where it is there already."""
+        query = heads_of(self.query(given.hidden) if projected is None else projected, self.form.heads)
         query = turned_and_normed(query, given.turns, self.form.rotary, self.query_norm)
         return query if given.scale is None else (query * given.scale).to(query.dtype)
 
