@@ -12,11 +12,14 @@ import pytest
 import torch
 import transformers
 from convert_models import without_experts
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from latent.kernels import gemv, picked_heads
 from latent.kernels.cpp_library import compiler
 from latent.passes.recipes.joint_latent import JointLatent
 from latent.passes.recipes.routed_heads import HeadRouter, RoutedHeads, UntrainedRouter, largest, load_loss
 from latent.rewriter.convert.attention import ConvertedAttention
+from latent.rewriter.convert.heads_of_layers import cheapest, choices, costs_of
 from latent.rewriter.convert.layers import ConversionRefused
 
 pytestmark = pytest.mark.filterwarnings("ignore::latent.passes.recipes.routed_heads.UntrainedRouter")
@@ -314,6 +317,52 @@ def test_an_untrained_router_guesses_which_heads_add_most_to_a_token() -> None:
     used = weights != 0
     assert used[:32, :3].all() and used[32:, 3:].all() and used.sum() == 3 * 64
     assert float((weights[used] - 1).abs().max()) < 0.3
+
+
+def test_layers_use_the_heads_that_they_need() -> None:
+    """Heads of one layer that add next to nothing are left out there, and the other layers keep all of theirs."""
+    model = model_of("llama")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight[:, 8:] *= 1e-6
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight *= 20  # so that a head that is missing is missed
+        model.lm_head.weight *= 20
+    start = torch.arange(16)[:, None]
+    text = model.generate(start, max_new_tokens=30, min_new_tokens=30, do_sample=False, pad_token_id=0)  # its own words
+    even = latent.convert(model, RoutedHeads(share=0.75, shared=1, ranking="text"), calibrate=text)
+    made = latent.convert(model, RoutedHeads(share=0.75, shared=1, ranking="text", layers="loss"), calibrate=text)
+    assert [router.picked for router in routers(even)] == [3, 3]
+    assert [router.picked for router in routers(made)] == [5, 1] and routers(made)[1].order[0] == 0
+    wanted = logits(model)
+    assert (logits(made) - wanted).abs().max() < 1e-3 * (logits(even) - wanted).abs().max()
+    cache = latent.LatentCache(made)
+    found = [logits(made, IDS[:1, n : n + 1], past_key_values=cache) for n in range(12)]
+    torch.testing.assert_close(torch.cat(found, 1), logits(made, IDS[:1]), rtol=1e-9, atol=1e-9)
+    with pytest.raises(ConversionRefused, match="none was given"):
+        latent.convert(model, RoutedHeads(layers="loss"))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_heads_of_layers_are_the_cheapest_there_are(data: st.DataObject) -> None:
+    sizes = data.draw(st.lists(st.integers(2, 7), min_size=1, max_size=4))
+    tried = [choices(data.draw(st.integers(1, size)), size) for size in sizes]
+    assert all(counts == sorted(set(counts)) and counts[-1] == size for counts, size in zip(tried, sizes, strict=True))
+    told: list[tuple[int, int]] = []
+    drawn = st.floats(-0.1, 1, allow_nan=False)
+    costs = costs_of(tried, lambda layer, heads: data.draw(drawn), lambda done, total: told.append((done, total)))
+    assert told[-1] == (sum(map(len, tried)) - len(tried),) * 2
+    most = data.draw(st.integers(sum(counts[0] for counts in tried), sum(sizes)))
+    found = cheapest(costs, most)
+    lost = [
+        sum(cost[n] for cost, n in zip(costs, counts, strict=True))
+        for counts in itertools.product(*tried)
+        if sum(counts) <= most
+    ]
+    assert sum(found) <= most
+    assert sum(cost[n] for cost, n in zip(costs, found, strict=True)) == pytest.approx(min(lost))
+    with pytest.raises(ValueError, match="too few"):
+        cheapest(costs, sum(counts[0] for counts in tried) - 1)
 
 
 def test_a_router_that_skips_no_head_starts_at_zero() -> None:

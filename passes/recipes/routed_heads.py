@@ -26,8 +26,8 @@ compute every head.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -35,15 +35,18 @@ from torch import Tensor, nn
 
 from ...kernels import picked_heads as _picked_heads  # noqa: F401  # defines the operators that are called below
 from ...rewriter.convert.attention import ConvertedAttention, Given, HeadGate
-from ...rewriter.convert.calibrate import Calibration
+from ...rewriter.convert.calibrate import Calibration, silent
 from ...rewriter.convert.contributions import contributions
 from ...rewriter.convert.factored import formed
+from ...rewriter.convert.heads_of_layers import cheapest, choices, costs_of
 from ...rewriter.convert.layers import AttentionLayer, ConversionRefused, Decoder
 from ...rewriter.convert.recipe import Needs, part, recipe
 
 __all__ = ["HeadRouter", "RoutedHeads", "UntrainedRouter", "balance_loss"]
 
 
+TOKENS = 2048
+"""That what a layer loses is measured on."""
 GUESS = 0.1
 """RMS of guessed scores: weights differ from 1 by about as much."""
 
@@ -60,12 +63,14 @@ class RoutedHeads:
     A token uses `share` of the heads, or the shared ones and `picked` more. `shared` is how many all tokens share, a
     quarter if not given. With `ranking="text"` these are the heads that add most on calibration text, and of the others
     the untrained router picks for every token those that it guesses to add most; else heads come in their own order.
+    With `layers="loss"` layers use more or fewer heads, by what the untrained model loses on text with fewer in each.
     """
 
     share: float = 0.75
     picked: int | None = None
     shared: int | None = None
     ranking: Literal["first", "text"] = "first"
+    layers: Literal["even", "loss"] = "even"
 
     name: ClassVar[str] = "routed_heads"
     needs: ClassVar[Needs] = "training"
@@ -74,18 +79,24 @@ class RoutedHeads:
     def convert(self, attentions: Sequence[ConvertedAttention], decoder: Decoder, calibration: Calibration) -> None:
         """Put a HeadRouter into every attention. Raises ConversionRefused; warns where heads are skipped."""
         counts = [self.counts(layer) for layer in decoder.layers]
-        added = contributions(attentions, decoder, calibration, self.name) if self.ranking == "text" else {}
-        for attention, layer, (shared, picked) in zip(attentions, decoder.layers, counts, strict=True):
+        for attention, layer in zip(attentions, decoder.layers, strict=True):
             if attention.gate is not None:
                 raise ConversionRefused(self.name, f"the heads of {layer.path} are routed already")
-            found = added.get(layer.path)
+        added = contributions(attentions, decoder, calibration, self.name) if self.ranking == "text" else {}
+
+        def router(layer: AttentionLayer, shared: int, picked: int) -> HeadRouter:
+            found, weight = added.get(layer.path), layer.query.weight
             order = list(range(layer.heads)) if found is None else found.order
-            hidden, dtype = layer.query.weight.shape[-1], layer.query.weight.dtype
-            router = HeadRouter(hidden, order, shared, picked).to(layer.query.weight.device, dtype)
+            made = HeadRouter(weight.shape[-1], order, shared, picked).to(weight.device, weight.dtype)
             if found is not None and shared + picked < layer.heads:
-                router.start(found.guess(order[shared:], GUESS))
-            attention.gate = router
-            router.placed(attention)
+                made.start(found.guess(order[shared:], GUESS))
+            return made
+
+        if self.layers == "loss":
+            counts = self._counts_by_loss(attentions, decoder, calibration, counts, router)
+        for attention, layer, (shared, picked) in zip(attentions, decoder.layers, counts, strict=True):
+            attention.gate = router(layer, shared, picked)
+            attention.gate.placed(attention)
         if any(shared + picked < layer.heads for layer, (shared, picked) in zip(decoder.layers, counts, strict=True)):
             warnings.warn(
                 f"{self.name}: heads are skipped from now on, and the routers are untrained: the model is worse than "
@@ -93,6 +104,36 @@ class RoutedHeads:
                 UntrainedRouter,
                 stacklevel=3,
             )
+
+    def _counts_by_loss(
+        self,
+        attentions: Sequence[ConvertedAttention],
+        decoder: Decoder,
+        calibration: Calibration,
+        counts: Sequence[tuple[int, int]],
+        router: Callable[[AttentionLayer, int, int], HeadRouter],
+    ) -> list[tuple[int, int]]:
+        """As many heads in all, in the layers that need them."""
+        tokens = calibration.required(self.name)
+        modules = {layer.path: attention for layer, attention in zip(decoder.layers, attentions, strict=True)}
+        quiet, rows = replace(calibration, progress=silent), max(1, TOKENS // tokens.shape[1])
+
+        def loss() -> float:
+            return quiet.loss(modules, self.name, "", rows)
+
+        def lost(n: int, heads: int) -> float:
+            shared = counts[n][0]
+            attentions[n].gate = router(decoder.layers[n], shared, heads - shared)
+            try:
+                return loss() - before
+            finally:
+                attentions[n].gate = None
+
+        before = loss()
+        tried = [choices(shared + 1, layer.heads) for layer, (shared, _) in zip(decoder.layers, counts, strict=True)]
+        costs = costs_of(tried, lost, lambda done, total: calibration.progress("heads of each layer", done, total))
+        heads = cheapest(costs, sum(shared + picked for shared, picked in counts))
+        return [(shared, n - shared) for n, (shared, _) in zip(heads, counts, strict=True)]
 
     def counts(self, layer: AttentionLayer) -> tuple[int, int]:
         """How many heads are shared, and how many of the others are picked."""

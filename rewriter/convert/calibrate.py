@@ -19,7 +19,7 @@ Progress = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done, and how much there is."""
 
 
-def _silent(what: str, done: int, total: int) -> None:
+def silent(what: str, done: int, total: int) -> None:
     return None
 
 
@@ -30,7 +30,7 @@ class Calibration:
     model: nn.Module
     tokens: Tensor | None
     batch: int = 4
-    progress: Progress = _silent
+    progress: Progress = silent
 
     def required(self, recipe: str) -> Tensor:
         """The token ids. Raises ConversionRefused where none were given."""

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .attention import ConvertedAttention
-from .calibrate import Calibration, Progress, _silent, tokens_of
+from .calibrate import Calibration, Progress, silent, tokens_of
 from .layers import ConversionRefused, Decoder
 from .read_decoder import read_decoder
 from .recipe import Recipe
@@ -26,7 +26,7 @@ def convert(
     tokenizer: Any = None,
     probe: Tensor | None = None,
     inplace: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> nn.Module:
     """A model with other attentions, by one or more recipes, applied in order.
 

@@ -150,6 +150,10 @@ def methods(prompt: int, length: int) -> tuple[Method, ...]:
             for share in (50, 25)
         ),
         Method("7 of 9 heads, untrained", by(latent.RoutedHeads(share=7 / 9, ranking="text"))),
+        Method(
+            "7 of 9 heads on average, untrained",
+            by(latent.RoutedHeads(share=7 / 9, ranking="text", layers="loss")),
+        ),
         Method("7 of 9 heads, the same", same_heads(7 / 9)),
         Method("16-bit cache", cache_of=half_cache, calibrated=False),
     )
