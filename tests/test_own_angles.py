@@ -199,6 +199,21 @@ def test_latents_of_full_rank(name: str, tmp_path: Any) -> None:
         torch.testing.assert_close(logits(latent.load(tmp_path), use_cache=False), whole, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_model_that_was_cast_as_a_whole(dtype: torch.dtype) -> None:
+    """Its table of cosines is rounded too; the frequencies are those of the model before."""
+    model = gptj()
+    exact, wanted = read_decoder(model).layers[0].own_angles, logits(model)
+    model = model.to(dtype)
+    assert model.transformer.h[0].attn.embed_positions.dtype == dtype
+    found = read_decoder(model).layers[0].own_angles
+    assert found is not None and exact is not None and found.factor == exact.factor == 1
+    assert found.frequencies == pytest.approx(exact.frequencies, rel=1e-3)
+    made = latent.convert(model, JointLatent(rank=64), text())
+    rounding = error(logits(model).to(wanted), wanted)
+    assert error(logits(made).to(wanted), wanted) < 2 * rounding < 0.1
+
+
 def test_spans_and_transmla() -> None:
     model = llama_with(Own)
     spans = latent.convert(model, HeadSpans(density=1.0, measure="uniform", lengths=(64,)), text())
@@ -214,10 +229,9 @@ def test_compiled_decoding() -> None:
     torch._dynamo.reset()
     made = latent.convert(gptj(), JointLatent(rank=24), text())
     step = torch.compile(made, backend="latent")
-    for length in (64,):
-        both = []
-        for run in (made, step):
-            cache = latent.LatentCache(made, max_length=length)
-            logits(made, IDS[:, :17], past_key_values=cache)
-            both.append(torch.cat([logits(run, IDS[:, n : n + 1], past_key_values=cache) for n in range(17, 24)], 1))
-        assert error(both[1], both[0]) < 1e-5
+    both = []
+    for run in (made, step):
+        cache = latent.LatentCache(made, max_length=64)
+        logits(made, IDS[:, :17], past_key_values=cache)
+        both.append(torch.cat([logits(run, IDS[:, n : n + 1], past_key_values=cache) for n in range(17, 24)], 1))
+    assert error(both[1], both[0]) < 1e-5

@@ -44,24 +44,26 @@ class OwnAngles(nn.Module):
 
 
 def fitted_angles(cos: Tensor, sin: Tensor) -> AngleFacts | None:
-    """The frequencies of [positions, n] cosines and sines; None where these are something else."""
+    """The frequencies of [positions, n] cosines and sines; None where these are something else.
+
+    They may be rounded to 16 bits, as those of a model are that was cast as a whole; the frequencies are not, then.
+    """
+    rounding = torch.finfo(cos.dtype).eps
     cos, sin = cos.double().cpu(), sin.double().cpu()
-    factor = float(torch.hypot(cos, sin).median())
+    factor = float(torch.hypot(cos, sin).mean())
+    factor = 1.0 if abs(factor - 1) < rounding / 4 else factor
     count = len(cos)
     if count < 2 or factor == 0:
         return None
     places, phases = torch.arange(count, dtype=torch.float64)[:, None], torch.atan2(sin, cos)
     frequencies = phases[1]
-    for place in (
-        2**n for n in range(1, (count - 1).bit_length())
-    ):  # each tells twice as much, turns known from before
-        if place < count:
-            frequencies = frequencies + _within_a_turn(phases[place] - place * frequencies) / place
+    for place in (2**n for n in range(1, (count - 1).bit_length())):  # each tells twice as much as the one before
+        frequencies = frequencies + _within_a_turn(phases[place] - place * frequencies) / place
     weights = 1 / (1 + places * frequencies.abs()).square()  # roundings of a cosine, and of the angle
     off = _within_a_turn(phases - places * frequencies)
     frequencies = frequencies + (weights * places * off).sum(0) / (weights * places.square()).sum(0)
     frequencies = frequencies.float().double()
-    allowed = factor * ROUNDING * (16 + 4 * places * frequencies.abs())
+    allowed = factor * (max(16 * ROUNDING, rounding) + 4 * ROUNDING * places * frequencies.abs())
     errors = [(factor * f(places * frequencies) - x).abs() for f, x in ((torch.cos, cos), (torch.sin, sin))]
     if any(bool((error > allowed).any()) for error in errors):
         return None

@@ -39,6 +39,9 @@ def main() -> None:
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options.add_argument("--share", type=float, default=0.75)
     options.add_argument("--shared", type=int)
+    options.add_argument(
+        "--layers", choices=("even", "loss"), default="loss", help="as many heads in each, or as it needs"
+    )
     options.add_argument("--cached", type=int, nargs="+", default=[1024, 4096])
     options.add_argument("--compile", action="store_true", help='decode with torch.compile(backend="latent")')
     options.add_argument("--only", choices=("training", "decoding"))
@@ -47,7 +50,7 @@ def main() -> None:
     warnings.simplefilter("ignore", UntrainedRouter)
     if given.threads:
         torch.set_num_threads(given.threads)
-    recipe = RoutedHeads(share=given.share, shared=given.shared, ranking="text")
+    recipe = RoutedHeads(share=given.share, shared=given.shared, ranking="text", layers=given.layers)
     if given.only != "decoding":
         training(recipe, given.steps, given.more, given.distill, given.seeds)
     if given.only != "training":
