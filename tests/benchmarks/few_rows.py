@@ -34,18 +34,26 @@ def take_turns(forms: dict[str, Callable[[], object]], rounds: int) -> dict[str,
     return {name: statistics.median(each[1:]) for name, each in times.items()}
 
 
+def weight(outputs: int, inputs: int, dtype: torch.dtype, by_columns: bool) -> torch.Tensor:
+    made = torch.randn((inputs, outputs) if by_columns else (outputs, inputs)).to(dtype)
+    return made.t() if by_columns else made
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--model", choices=SHAPES, action="append", default=[])
     options.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), action="append", default=[])
     options.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4])
+    options.add_argument("--by-columns", action="store_true", help="weights [in, out], as GPT-2 has them")
     options.add_argument("--rounds", type=int, default=21)
     given = options.parse_args()
     for model in given.model or SHAPES:
         layer, layers, vocabulary = SHAPES[model]
         shapes = [*layer * layers, ((vocabulary,), layer[0][1])]
         for dtype in given.dtype or ("float32", "bfloat16", "float16"):
-            calls = [([torch.randn(n, k).to(getattr(torch, dtype)) for n in outputs], k) for outputs, k in shapes]
+            calls = [
+                ([weight(n, k, getattr(torch, dtype), given.by_columns) for n in outputs], k) for outputs, k in shapes
+            ]
             read = sum(weight.nbytes for weights, _ in calls for weight in weights)
             for rows in given.rows:
                 x = {k: torch.randn(rows, k).to(calls[0][0][0]) for _, k in calls}
