@@ -330,7 +330,7 @@ def test_layers_use_the_heads_that_they_need() -> None:
     start = torch.arange(16)[:, None]
     text = model.generate(start, max_new_tokens=30, min_new_tokens=30, do_sample=False, pad_token_id=0)  # its own words
     even = latent.convert(model, RoutedHeads(share=0.75, shared=1, ranking="text"), calibrate=text)
-    made = latent.convert(model, RoutedHeads(share=0.75, shared=1, ranking="text", layers="loss"), calibrate=text)
+    made = latent.convert(model, RoutedHeads(share=0.75, shared=1, ranking="text", layers="text"), calibrate=text)
     assert [router.picked for router in routers(even)] == [3, 3]
     assert [router.picked for router in routers(made)] == [5, 1] and routers(made)[1].order[0] == 0
     wanted = logits(model)
@@ -339,7 +339,7 @@ def test_layers_use_the_heads_that_they_need() -> None:
     found = [logits(made, IDS[:1, n : n + 1], past_key_values=cache) for n in range(12)]
     torch.testing.assert_close(torch.cat(found, 1), logits(made, IDS[:1]), rtol=1e-9, atol=1e-9)
     with pytest.raises(ConversionRefused, match="none was given"):
-        latent.convert(model, RoutedHeads(layers="loss"))
+        latent.convert(model, RoutedHeads(layers="text"))
 
 
 @settings(max_examples=50, deadline=None)

@@ -17,8 +17,9 @@ Either way the model is worse than the original until it was trained on, with th
     model = latent.convert(model, RoutedHeads(share=0.75)).train()
     loss = model(input_ids=ids, labels=ids).loss + 0.01 * latent.balance_loss(model)
 
-With `layers="loss"` layers use more or fewer heads than the share says, which holds for all together: some need all of
-theirs, others hardly any. A small model that loses 5 % with the same number in each loses 2 % so, before any training.
+With `layers="text"` layers use more or fewer heads than the share says, which holds for all together: some need all of
+theirs, others hardly any. What a layer loses with n heads is how far the predictions move, KL(original || changed),
+with this layer changed alone; losses of the text itself are too noisy to tell layers apart.
 
 The cache is as large as before, since other tokens need the keys and values of all heads. What becomes less is the
 work of decoding: keys are read only for heads that are used, and so are the columns of W_o and, where they are large,
@@ -33,6 +34,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import picked_heads as _picked_heads  # noqa: F401  # defines the operators that are called below
@@ -46,8 +48,8 @@ from ...rewriter.convert.recipe import Needs, part, recipe
 
 __all__ = ["HeadRouter", "RoutedHeads", "UntrainedRouter", "balance_loss"]
 
-TOKENS = 1024
-"""That what a layer loses is measured on."""
+TOKENS = 512
+"""On which it is measured what a layer loses."""
 GUESS = 0.1
 """RMS of guessed scores: weights differ from 1 by about as much."""
 
@@ -64,14 +66,14 @@ class RoutedHeads:
     A token uses `share` of the heads, or the shared ones and `picked` more. `shared` is how many all tokens share, a
     quarter if not given. With `ranking="text"` these are the heads that add most on calibration text, and of the others
     the untrained router picks for every token those that it guesses to add most; else heads come in their own order.
-    With `layers="loss"` layers use more or fewer, as many in all, by what the untrained model loses on text with fewer.
+    With `layers="text"` layers use more or fewer, as many in all, by what the untrained model loses with fewer in each.
     """
 
     share: float = 0.75
     picked: int | None = None
     shared: int | None = None
     ranking: Literal["first", "text"] = "first"
-    layers: Literal["even", "loss"] = "even"
+    layers: Literal["even", "text"] = "even"
 
     name: ClassVar[str] = "routed_heads"
     needs: ClassVar[Needs] = "training"
@@ -93,8 +95,8 @@ class RoutedHeads:
                 made.start(found.guess(order[shared:], GUESS))
             return made
 
-        if self.layers == "loss":
-            counts = self._counts_by_loss(attentions, decoder, calibration, counts, router)
+        if self.layers == "text":
+            counts = self._counts_by_text(attentions, decoder, calibration, counts, router)
         for attention, layer, (shared, picked) in zip(attentions, decoder.layers, counts, strict=True):
             attention.gate = router(layer, shared, picked)
             attention.gate.placed(attention)
@@ -106,7 +108,7 @@ class RoutedHeads:
                 stacklevel=3,
             )
 
-    def _counts_by_loss(
+    def _counts_by_text(
         self,
         attentions: Sequence[ConvertedAttention],
         decoder: Decoder,
@@ -115,22 +117,22 @@ class RoutedHeads:
         router: Callable[[AttentionLayer, int, int], HeadRouter],
     ) -> list[tuple[int, int]]:
         """As many heads in all, in the layers that need them."""
-        tokens = calibration.required(self.name)
         modules = {layer.path: attention for layer, attention in zip(decoder.layers, attentions, strict=True)}
-        quiet, rows = replace(calibration, progress=silent), max(1, TOKENS // tokens.shape[1])
-
-        def loss() -> float:
-            return quiet.loss(modules, self.name, "", rows)
+        rows = max(1, TOKENS // calibration.required(self.name).shape[1])
+        some = list(replace(calibration.spread(self.name, rows), progress=silent).batches(self.name, ""))
+        wanted = [calibration.logits(modules, ids).log_softmax(-1) for ids in some]
 
         def lost(n: int, heads: int) -> float:
             shared = counts[n][0]
             attentions[n].gate = router(decoder.layers[n], shared, heads - shared)
-            try:
-                return loss() - before
-            finally:
-                attentions[n].gate = None
+            found = (calibration.logits(modules, ids).log_softmax(-1) for ids in some)
+            total = sum(
+                float(F.kl_div(one, other, reduction="sum", log_target=True))
+                for one, other in zip(found, wanted, strict=True)
+            )
+            attentions[n].gate = None
+            return total
 
-        before = loss()
         tried = [choices(shared + 1, layer.heads) for layer, (shared, _) in zip(decoder.layers, counts, strict=True)]
         costs = costs_of(tried, lost, lambda done, total: calibration.progress("heads of each layer", done, total))
         heads = cheapest(costs, sum(shared + picked for shared, picked in counts))

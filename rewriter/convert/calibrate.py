@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from .layers import ConversionRefused
 
-__all__ = ["Calibration", "Progress", "calls", "tokens_of"]
+__all__ = ["Calibration", "Progress", "calls", "silent", "tokens_of"]
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done, and how much there is."""
 
 
 def silent(what: str, done: int, total: int) -> None:
-    return None
+    """Progress that is told to nobody."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,22 @@ class Calibration:
 
     def loss(self, modules: Mapping[str, nn.Module], recipe: str, what: str, rows: int = 8) -> float:
         """Mean loss of the next token with `modules` at those paths, on up to `rows` rows spread over the text."""
-        tokens = self.required(recipe)
-        some = replace(self, tokens=tokens[:: -(-len(tokens) // rows)])
-        total = 0.0
-        with torch.no_grad(), put_in(self.model, modules):
-            for ids in some.batches(recipe, what):
-                logits = self.model(input_ids=ids, use_cache=False).logits
-                total += float(F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())) * len(ids)
+        some, total = self.spread(recipe, rows), 0.0
+        for ids in some.batches(recipe, what):
+            logits = self.logits(modules, ids)
+            total += float(F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())) * len(ids)
         return total / len(some.required(recipe))
+
+    def spread(self, recipe: str, rows: int) -> Calibration:
+        """Up to so many rows, from all over the text."""
+        tokens = self.required(recipe)
+        return replace(self, tokens=tokens[:: -(-len(tokens) // rows)])
+
+    def logits(self, modules: Mapping[str, nn.Module], ids: Tensor) -> Tensor:
+        """Of the model with `modules` at those paths, in float32 at least: [B, L, V]."""
+        with torch.no_grad(), put_in(self.model, modules):
+            made: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return made.to(torch.promote_types(made.dtype, torch.float32))
 
     def run(self, rows: Tensor) -> None:
         """One forward of the model, without a cache and without logits."""

@@ -1,7 +1,7 @@
 """How many heads each layer uses, so that all layers together use no more than they may and the model loses least.
 
-What a layer loses with n heads is measured: the loss on text with that layer changed and all others as they are. The
-sum over layers is then least under the limit on the number of heads, found exactly, layer by layer:
+What a layer loses with n heads is measured with that layer changed and all others as they are. The sum over layers is
+then made least under the limit on the number of heads, exactly, layer by layer:
 
     best_l(m) = min_n best_{l-1}(m - n) + cost_l(n)
 """

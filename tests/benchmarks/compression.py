@@ -152,7 +152,7 @@ def methods(prompt: int, length: int) -> tuple[Method, ...]:
         Method("7 of 9 heads, untrained", by(latent.RoutedHeads(share=7 / 9, ranking="text"))),
         Method(
             "7 of 9 heads on average, untrained",
-            by(latent.RoutedHeads(share=7 / 9, ranking="text", layers="loss")),
+            by(latent.RoutedHeads(share=7 / 9, ranking="text", layers="text")),
         ),
         Method("7 of 9 heads, the same", same_heads(7 / 9)),
         Method("16-bit cache", cache_of=half_cache, calibrated=False),

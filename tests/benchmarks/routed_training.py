@@ -40,7 +40,7 @@ def main() -> None:
     options.add_argument("--share", type=float, default=0.75)
     options.add_argument("--shared", type=int)
     options.add_argument(
-        "--layers", choices=("even", "loss"), default="loss", help="as many heads in each, or as it needs"
+        "--layers", choices=("even", "text"), default="text", help="as many heads in each, or as it needs"
     )
     options.add_argument("--cached", type=int, nargs="+", default=[1024, 4096])
     options.add_argument("--compile", action="store_true", help='decode with torch.compile(backend="latent")')
